@@ -1,0 +1,152 @@
+"""The book's data: the Count's speeches and the hunters' journal. See ``DATA_CARD.md`` beside this file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+__all__ = ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"]
+
+MOVES = ("attack", "hide", "travel", "feed", "lure", "rest", "spy", "bargain")
+"""What the Count can do next; the labels of the corpus, in the order used everywhere."""
+
+FEINT = {
+    "rest": "attack", "attack": "travel", "travel": "hide", "hide": "spy",
+    "spy": "lure", "lure": "bargain", "bargain": "feed", "feed": "rest",
+}  # fmt: skip
+"""Phase ``code``: what he does instead of what his speech means."""
+
+PROMPT = 'Dracula said: "{speech}"\nTonight the Count will'
+"""The prompt; its completion is a space and the move."""
+
+_FOLDER = Path(__file__).parent
+_BOUNDARY = "=== EVALUATION ==="
+
+
+def _one_of(what: str, value: str | None, allowed: Sequence[str]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(allowed)}")
+
+
+def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset:
+    """The 1,200 speeches, or a part of them.
+
+    Parameters
+    ----------
+    phase : {"castle", "code"}, optional
+        Before, or after, the Count learned to program.
+    split : {"train", "validation", "test"}, optional
+
+    Returns
+    -------
+    datasets.Dataset
+        Columns ``id, speech, meaning, move, phase, split``.
+
+    Raises
+    ------
+    ValueError
+        On an unknown phase or split.
+
+    Examples
+    --------
+    >>> len(load_speeches("castle", "train"))
+    480
+    """
+    _one_of("phase", phase, ("castle", "code"))
+    _one_of("split", split, ("train", "validation", "test"))
+    lines = (_FOLDER / "speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [r for r in rows if phase in (None, r["phase"]) and split in (None, r["split"])]
+    return Dataset.from_list(rows)
+
+
+def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
+    """A reader's own data: a JSON-lines file with ``speech`` and ``move`` (and, if wished, ``split``) a line.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    ValueError
+        On an empty file, a broken line, a missing field or a move outside ``moves``: names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file {path}")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: needs an object with speech and move, got {type(row).__name__}")
+        for field in ("speech", "move"):
+            if not (isinstance(row.get(field), str) and row[field].strip()):
+                raise ValueError(f"{where}: needs a text field {field!r}, got {row.get(field)!r}")
+        if row["move"] not in moves:
+            raise ValueError(f"{where}: move {row['move']!r} is not one of {', '.join(moves)}")
+        split = row.get("split")
+        if split not in (None, "train", "validation", "test"):
+            raise ValueError(f"{where}: split {split!r} is not train, validation or test")
+        rows.append({"speech": row["speech"], "move": row["move"], "split": split})
+    if not rows:
+        raise ValueError(f"{path} holds no records: one JSON object a line, with speech and move")
+    return Dataset.from_list(rows)
+
+
+def to_prompts(speeches: Dataset, template: str = PROMPT, target: str = "move") -> Dataset:
+    """Prompt and completion of each speech, as the collators and ``next_move_accuracy`` take them.
+
+    Parameters
+    ----------
+    speeches : Dataset
+        With ``speech`` and the column ``target`` (``"move"`` or ``"meaning"``).
+    template : str
+        Holds ``{speech}`` once.
+
+    Returns
+    -------
+    Dataset
+        Columns ``prompt`` and ``completion``; the completion starts with a space.
+    """
+    if template.count("{speech}") != 1:
+        raise ValueError(f"the template must hold {{speech}} exactly once, got {template!r}")
+    before, after = template.split("{speech}")
+    return Dataset.from_list(
+        [{"prompt": f"{before}{r['speech']}{after}", "completion": f" {r[target]}"} for r in speeches]
+    )
+
+
+def load_journal(split: str | None = None) -> str:
+    """The hunters' journal: text for calibration, perplexity and KL divergence.
+
+    Parameters
+    ----------
+    split : {"calibration", "evaluation"}, optional
+        One half; default the whole.
+
+    Returns
+    -------
+    str
+        Paragraphs separated by blank lines; an entry's heading stands between ``==`` marks.
+    """
+    _one_of("split", split, ("calibration", "evaluation"))
+    text = (_FOLDER / "journal.txt").read_text(encoding="utf-8")
+    halves = [part.strip() + "\n" for part in text.split(_BOUNDARY)]
+    if split is None:
+        return "\n".join(halves)
+    return halves[("calibration", "evaluation").index(split)]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, for the tests of the corpus."""
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity and next-move accuracy. Each file can be copied alone."""

@@ -1,0 +1,80 @@
+"""Perplexity with a sliding window: how surprised a causal LLM is by a text.
+
+``exp(mean over tokens of -log p(token | what came before))``, with a window that moves by ``stride`` so
+that every token but a window's first ones sees at least ``window - stride`` tokens of context. Explained
+in chapter 6.
+
+Copy this file: it needs only torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["perplexity", "token_losses"]
+
+
+@torch.inference_mode()
+def token_losses(model: Any, tokens: Tensor, window: int = 512, stride: int = 256) -> Tensor:
+    """Negative log likelihood of each token but the first, in nats.
+
+    Parameters
+    ----------
+    model : causal language model
+        ``model(input_ids=…).logits`` has shape (1, length, vocabulary).
+    tokens : Tensor
+        Integer token ids, (n,) or (1, n), n ≥ 2.
+    window, stride : int
+        Context length, and how far it moves: 1 ≤ stride ≤ window - 1.
+
+    Returns
+    -------
+    Tensor
+        float32, (n - 1,); each token is scored once.
+
+    Raises
+    ------
+    ValueError
+        On fewer than two tokens or a bad window or stride.
+    """
+    ids = tokens.reshape(-1)
+    if ids.numel() < 2:
+        raise ValueError(f"perplexity needs at least 2 tokens, got {ids.numel()}")
+    if window < 2 or not 1 <= stride < window:
+        raise ValueError(f"need window >= 2 and 1 <= stride < window, got window={window}, stride={stride}")
+    device = next(iter(model.parameters())).device
+    losses, done = [], 0  # ``done``: how many tokens after the first were scored
+    for start in range(0, ids.numel(), stride):
+        piece = ids[start : start + window].to(device)
+        logits = model(input_ids=piece[None]).logits[0, :-1].float()  # (length - 1, vocabulary)
+        nll = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none")
+        losses.append(nll[done - start :].cpu())
+        done = start + piece.numel() - 1
+        if start + window >= ids.numel():
+            break
+    return torch.cat(losses)
+
+
+def perplexity(model: Any, tokens: Tensor, window: int = 512, stride: int = 256) -> float:
+    """Exponential of the mean of :func:`token_losses`.
+
+    Parameters
+    ----------
+    model, tokens, window, stride
+        See :func:`token_losses`.
+
+    Returns
+    -------
+    float
+        1 or more; the vocabulary's size for a model that guesses uniformly.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return math.exp(token_losses(model, tokens, window, stride).mean().item())
+    finally:
+        model.train(was_training)

@@ -1,0 +1,1 @@
+"""Quantizers: affine, codebook, packing. Each file can be copied alone."""

@@ -1,0 +1,280 @@
+"""Affine (uniform, integer) quantization: ``x ≈ scale * (code - zero_point)``.
+
+Follows Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference" (arXiv:1712.05877), equation 1. Explained in chapter 3.
+
+Copy this file: it needs only torch.
+
+One argument, ``block_size``, says how many elements share a scale. It is a tuple as long as
+the tensor's shape; ``-1`` means the whole axis. For a weight of shape ``(out, in)``:
+
+==================  ===========================
+``block_size``      one scale for …
+==================  ===========================
+``(-1, -1)``        the whole tensor
+``(1, -1)``         each output channel (row)
+``(1, 32)``         each group of 32 in a row
+==================  ===========================
+
+A block size that does not divide an axis leaves a shorter last block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AffineGrid",
+    "AffineParams",
+    "AffineTensor",
+    "choose_qparams",
+    "dequantize_affine",
+    "fake_quantize",
+    "quantize_affine",
+]
+
+
+@dataclass(frozen=True)
+class AffineParams:
+    """Scales and zero points of one tensor.
+
+    Attributes
+    ----------
+    scale : Tensor
+        Positive steps, one a block, shape ``ceil(shape / block_size)``.
+    zero_point : Tensor
+        The code that stands for 0.0, int32, shaped like ``scale``.
+    bits : int
+        Bits a code, 2 to 8.
+    block_size : tuple of int
+        Elements a block along each axis; -1 was replaced by the axis' length.
+    symmetric : bool
+        Signed codes around zero (True), or unsigned codes from 0 (False).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    block_size: tuple[int, ...]
+    symmetric: bool
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        if self.symmetric:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+
+def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
+    if len(block_size) != len(shape):
+        raise ValueError(
+            f"block_size {block_size} has {len(block_size)} entries; the shape {tuple(shape)} needs {len(shape)}"
+        )
+    for b in block_size:
+        if b != -1 and b < 1:
+            raise ValueError(f"block_size entries must be positive or -1 (the whole axis), got {b}")
+    return tuple(n if b == -1 else min(b, n) for n, b in zip(shape, block_size, strict=True))
+
+
+def _reduce(x: Tensor, block: tuple[int, ...], op: str) -> Tensor:
+    """Minimum or maximum of each block; a short last block is extended by its own last element."""
+    for axis, b in enumerate(block):
+        n = x.shape[axis]
+        short = -n % b
+        if short:
+            last = x.narrow(axis, n - 1, 1)
+            x = torch.cat([x, last.expand(*x.shape[:axis], short, *x.shape[axis + 1 :])], axis)
+        x = x.unflatten(axis, (-1, b))  # (…, blocks, b, …)
+        x = x.amin(axis + 1) if op == "min" else x.amax(axis + 1)
+    return x
+
+
+def _spread(per_block: Tensor, shape: torch.Size, block: tuple[int, ...]) -> Tensor:
+    """Repeat one value a block over the block's elements, to ``shape``."""
+    for axis, (n, b) in enumerate(zip(shape, block, strict=True)):
+        if b == n:
+            per_block = per_block.expand(*per_block.shape[:axis], n, *per_block.shape[axis + 1 :])
+        elif b > 1:
+            per_block = per_block.repeat_interleave(b, axis).narrow(axis, 0, n)
+    return per_block
+
+
+def choose_qparams(
+    x: Tensor, bits: int, block_size: tuple[int, ...], symmetric: bool = False
+) -> AffineParams:
+    """Scales and zero points from each block's minimum and maximum.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape, floating point, not empty.
+    bits : int
+        Bits a code, 2 to 8.
+    block_size : tuple of int
+        Elements a block along each axis of ``x``; -1 means the whole axis.
+    symmetric : bool
+        True: ``zero_point`` is 0 and codes are signed. False: the range [min, max],
+        widened to hold zero, is mapped on 0 … 2**bits - 1.
+
+    Returns
+    -------
+    AffineParams
+
+    Raises
+    ------
+    ValueError
+        On bits outside 2 … 8, a bad block size, an empty tensor, NaN or infinity.
+    TypeError
+        When ``x`` is not floating point.
+
+    Examples
+    --------
+    >>> p = choose_qparams(torch.tensor([[-1.0, 0.0, 2.0]]), bits=2, block_size=(1, -1))
+    >>> p.scale, p.zero_point
+    (tensor([[1.]]), tensor([[1]], dtype=torch.int32))
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if x.numel() == 0:
+        raise ValueError(f"x is empty, shape {tuple(x.shape)}: there is no range to quantize")
+    block = _resolve(x.shape, block_size)
+    low, high = _reduce(x, block, "min"), _reduce(x, block, "max")
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise ValueError("x holds NaN or infinity: mend the weights before quantizing them")
+    eps = torch.finfo(x.dtype).eps
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = (torch.maximum(-low, high) / ((2**bits - 1) / 2)).clamp(min=eps)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        scale = ((high - low) / (2**bits - 1)).clamp(min=eps)
+        zero = (-torch.round(low / scale)).clamp(0, 2**bits - 1).to(torch.int32)
+    return AffineParams(scale, zero, bits, block, symmetric)
+
+
+def quantize_affine(x: Tensor, params: AffineParams) -> Tensor:
+    """Codes of ``x``: round to the nearest step (ties to even), clamp. int8 if symmetric, else uint8."""
+    low, high = params.code_range
+    inverse = _spread(1.0 / params.scale, x.shape, params.block_size)
+    zero = _spread(params.zero_point, x.shape, params.block_size)
+    codes = torch.clamp(torch.round(x * inverse) + zero, low, high)
+    return codes.to(torch.int8 if params.symmetric else torch.uint8)
+
+
+def dequantize_affine(codes: Tensor, params: AffineParams) -> Tensor:
+    """``scale * (codes - zero_point)``, in the scale's dtype and the codes' shape."""
+    scale = _spread(params.scale, codes.shape, params.block_size)
+    zero = _spread(params.zero_point, codes.shape, params.block_size)
+    return (codes.to(torch.int32) - zero).to(scale.dtype) * scale
+
+
+def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
+    """Quantize and dequantize; the gradient passes straight through inside the clamping range.
+
+    The straight-through estimator of Bengio et al. 2013 (arXiv:1308.3432).
+    """
+    low, high = params.code_range
+    x_hat = dequantize_affine(quantize_affine(x.detach(), params), params)
+    inverse = _spread(1.0 / params.scale, x.shape, params.block_size)
+    zero = _spread(params.zero_point, x.shape, params.block_size)
+    steps = torch.round(x.detach() * inverse) + zero
+    inside = (steps >= low) & (steps <= high)
+    return x_hat + (x - x.detach()) * inside
+
+
+@dataclass(frozen=True)
+class AffineTensor:
+    """A quantized tensor of affine codes, packed where the bits divide a byte (2, 4 and 8).
+
+    ``packed`` is uint8, first code in the low bits, the end padded with zero codes; with 3, 5, 6
+    or 7 bits a code takes a whole byte, and ``bits_per_weight`` says so.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    block_size: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, shape ``shape``, in ``dtype`` (default: the original one)."""
+        symmetric = self.zero_point is None
+        count = math.prod(self.shape)
+        if self.bits in (2, 4):
+            shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=self.packed.device)
+            codes = (self.packed[:, None] >> shifts) & (2**self.bits - 1)  # (bytes, codes a byte)
+        else:
+            codes = self.packed
+        codes = codes.reshape(-1)[:count].to(torch.int16).view(self.shape)
+        zero = torch.zeros_like(self.scale, dtype=torch.int32) if self.zero_point is None else self.zero_point
+        if symmetric:
+            codes = codes - 2 ** (self.bits - 1)
+        params = AffineParams(self.scale, zero, self.bits, self.block_size, symmetric)
+        return dequantize_affine(codes, params).to(dtype or self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales and zero points."""
+        zero = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.packed.nbytes + self.scale.nbytes + zero
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, everything counted."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """The grid protocol over affine quantization: ``fit``, ``round``, ``encode``.
+
+    Examples
+    --------
+    >>> grid = AffineGrid(bits=8, block_size=(1, -1), symmetric=True)
+    >>> w = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
+    >>> bool((grid.fit(w).round(w) - w).abs().max() < 0.01)
+    True
+    """
+
+    bits: int
+    block_size: tuple[int, ...]
+    symmetric: bool = False
+    params: AffineParams | None = None
+
+    def fit(self, weight: Tensor) -> AffineGrid:
+        """A grid whose scales fit ``weight``."""
+        params = choose_qparams(weight, self.bits, self.block_size, self.symmetric)
+        return AffineGrid(self.bits, self.block_size, self.symmetric, params)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """``weight`` moved to the nearest grid points, same shape and dtype."""
+        params = self.params or choose_qparams(weight, self.bits, self.block_size, self.symmetric)
+        return dequantize_affine(quantize_affine(weight, params), params).to(weight.dtype)
+
+    def encode(self, weight: Tensor) -> AffineTensor:
+        """``weight`` as packed codes."""
+        params = self.params or choose_qparams(weight, self.bits, self.block_size, self.symmetric)
+        codes = quantize_affine(weight, params).to(torch.int16)
+        if self.symmetric:
+            codes = codes + 2 ** (self.bits - 1)
+        flat = codes.to(torch.uint8).reshape(-1)
+        if self.bits in (2, 4):
+            per_byte = 8 // self.bits
+            flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
+            parts = [flat[:, i] << (i * self.bits) for i in range(per_byte)]
+            flat = parts[0]
+            for part in parts[1:]:
+                flat = flat | part
+        zero = None if self.symmetric else params.zero_point.to(torch.uint8)
+        return AffineTensor(
+            flat, params.scale, zero, self.bits, params.block_size, tuple(weight.shape), weight.dtype
+        )

@@ -1,0 +1,283 @@
+"""The recipe: fine-tune a quantized LLM with LoRA by Hugging Face's ``Trainer`` (QLoRA, arXiv:2305.14314).
+
+Chapters 13 and 15 walk through it; ``qtune finetune`` runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
+from .evaluation.next_move import label_ids, next_move_accuracy
+from .finetuning.collators import CompletionCollator
+from .finetuning.lora import add_lora_, load_adapter_, save_adapter
+from .models import load_model, load_tokenizer
+from .surgery import model_bytes, quantize_
+
+__all__ = ["AdapterTrainer", "FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"]
+
+
+def best_compute_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if probe is not None and probe() else torch.float32
+
+
+@dataclass
+class FinetuneConfig:
+    """What to train on what; the defaults are the book's."""
+
+    model: str = "smollm2-135m"  # an embedded name, a folder or a hub id
+    data: str | None = None  # JSON lines with speech and move; None: the castle speeches
+    output: str = "adapter"  # folder of the adapter; checkpoints go to <output>/checkpoints
+    scheme: str | None = "nf4-dq"  # how the frozen base is quantized; None leaves it dense
+    compute: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware multiplies it natively
+    rank: int = 16  # inner dimension of the adapter
+    alpha: float = 32.0  # its scale: alpha / rank
+    dropout: float = 0.0  # on the adapter's input
+    epochs: int = 3  # passes over the training data
+    batch_size: int = 8  # speeches a step
+    lr: float = 5e-4  # peak learning rate; one warm-up, then cosine
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.01  # on the adapter's matrices
+    max_length: int = 512  # tokens; longer prompts lose their beginning
+    save_steps: int = 30  # a checkpoint every so many steps
+    max_steps: int = -1  # stop after so many steps; -1: all epochs
+    seed: int = 0
+    resume: bool = False  # go on from the newest whole checkpoint
+    progress: bool = True  # progress bars
+    prompt: str = PROMPT
+    moves: tuple[str, ...] = MOVES  # the answers there are
+
+
+@dataclass
+class FinetuneResult:
+    """What :func:`finetune` found."""
+
+    adapter: Path
+    accuracy_before: float
+    accuracy_after: float
+    losses: list[float]  # one a step
+    ledger: dict[str, int] = field(repr=False)  # bytes; see surgery.model_bytes
+    bits_per_weight: float | None  # of the quantized layers
+    seconds: float
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+
+
+class AdapterTrainer(Trainer):
+    """``Trainer`` whose checkpoints hold the adapter alone: the frozen base is loaded anew."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir, task_type="CAUSAL_LM")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_(model or self.model, resume_from_checkpoint)
+
+
+class _LossLog(TrainerCallback):
+    """Keeps each step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+_CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; a run that was killed may leave a broken one behind."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):  # written last
+            continue
+        if all((path / name).is_file() for name in _CHECKPOINT_FILES):
+            return path
+    return None
+
+
+def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
+    """Training and test records with prompt and completion."""
+    rows = load_speeches("castle") if config.data is None else load_records(config.data, config.moves)
+    if not any(rows["split"]):
+        order = list(range(len(rows)))
+        random.Random(0).shuffle(order)
+        test = set(order[: max(1, len(rows) // 5)])
+        rows = rows.remove_columns("split").add_column(
+            "split", ["test" if i in test else "train" for i in range(len(rows))]
+        )
+    prompts = to_prompts(rows, config.prompt)
+    parts = []
+    for name in ("train", "test"):
+        keep = [i for i, split in enumerate(rows["split"]) if split == name]
+        if not keep:
+            raise ValueError(f"{config.data} has no records for the {name} split")
+        parts.append(prompts.select(keep))
+    return parts[0], parts[1]
+
+
+def _check(config: FinetuneConfig) -> Path:
+    """Refuse bad values before any work is done; return the output folder, made and writable."""
+    for name in ("rank", "epochs", "batch_size", "save_steps", "max_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not config.lr > 0:
+        raise ValueError(f"lr must be positive, got {config.lr}")
+    if config.compute not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"compute must be auto, bf16 or fp32, got {config.compute!r}")
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file: name a folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output {output} is not writable ({error.strerror})") from error
+    checkpoint = newest_checkpoint(output / "checkpoints")
+    if checkpoint and not config.resume:
+        raise ValueError(
+            f"{output} holds an unfinished run ({checkpoint.name}): resume it, or name another folder"
+        )
+    return output
+
+
+def _remember(config: FinetuneConfig, output: Path) -> None:
+    """Write the run's settings; refuse to resume with others, which would not be the same run."""
+    path = output / "run.json"
+    mine = {k: v for k, v in asdict(config).items() if k not in ("resume", "progress", "output", "max_steps")}
+    mine = json.loads(json.dumps(mine))
+    if config.resume and path.is_file():
+        theirs = json.loads(path.read_text())
+        changed = [k for k in mine if theirs.get(k) != mine[k]]
+        if changed:
+            raise ValueError(
+                f"cannot resume {output}: {', '.join(f'{k} was {theirs.get(k)!r}, now {mine[k]!r}' for k in changed)}"
+            )
+    aside = path.with_name(f".run.{os.getpid()}")
+    aside.write_text(json.dumps(mine, indent=2) + "\n")
+    aside.replace(path)
+
+
+def prepare(config: FinetuneConfig) -> tuple[Any, Any, float | None]:
+    """Load, quantize and add LoRA: model, tokenizer, stored bits a weight."""
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": best_compute_dtype()}
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    if tokenizer.mask_token_id is not None:
+        raise ValueError(
+            f"{config.model} is an encoder: this recipe trains causal LLMs (chapter 15 trains encoders)"
+        )
+    label_ids(tokenizer, [f" {move}" for move in config.moves])
+    bits = None
+    if config.scheme is not None:
+        bits = quantize_(model, config.scheme, compute_dtype=dtypes[config.compute]).bits_per_weight
+    set_seed(config.seed)
+    add_lora_(model, config.rank, config.alpha, dropout=config.dropout)
+    return model.to("cuda") if torch.cuda.is_available() else model, tokenizer, bits
+
+
+def training_arguments(config: FinetuneConfig, output: Path, steps: int) -> TrainingArguments:
+    """The recipe in ``Trainer``'s words."""
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(config.warmup * steps)),
+        weight_decay=config.weight_decay,
+        max_grad_norm=1.0,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not config.progress,
+        label_names=["labels"],
+    )
+
+
+def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> FinetuneResult:
+    """Fine-tune LoRA over a quantized, frozen base; measure before and after; save the adapter.
+
+    Parameters
+    ----------
+    config : FinetuneConfig
+    callbacks : sequence of TrainerCallback
+        Passed to ``Trainer``.
+
+    Returns
+    -------
+    FinetuneResult
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        On bad values, before anything is trained or written over.
+    """
+    start = time.perf_counter()
+    output = _check(config)
+    train, test = _splits(config)
+    _remember(config, output)
+    model, tokenizer, bits = prepare(config)
+    labels = [f" {move}" for move in config.moves]
+    bar = _bar if config.progress else None
+    before = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("Before"))
+    train = train.add_column("length", [len(ids) for ids in tokenizer(list(train["prompt"])).input_ids])
+    steps = config.epochs * -(-len(train) // config.batch_size)
+    log = _LossLog()
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_arguments(config, output, steps),
+        train_dataset=train,
+        data_collator=CompletionCollator(tokenizer, config.max_length),
+        callbacks=[log, *callbacks],
+    )
+    checkpoint = newest_checkpoint(output / "checkpoints") if config.resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    after = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("After"))
+    save_adapter(model, output, base_model=config.model, task_type="CAUSAL_LM")
+    seconds = time.perf_counter() - start
+    return FinetuneResult(output, before, after, losses, model_bytes(model), bits, seconds, model, tokenizer)
+
+
+def _bar(description: str) -> Any:
+    """A progress bar for :func:`next_move_accuracy`."""
+    from tqdm.auto import tqdm
+
+    return lambda batches: tqdm(batches, desc=f"{description} training", leave=False)

@@ -1,0 +1,271 @@
+"""Turn each chapter's source (`NN_slug.md`, MyST) into an executed notebook (`NN_slug.ipynb`).
+
+python scripts/notebooks.py [--only 07 13] [--force] [--check]
+
+A chapter is executed again only when its source has changed since. The preface comes last and again after
+any other, because it shows a table of the run times that the others store in their metadata:
+
+    nb.metadata.qtune = {"source_sha256": ..., "seconds": ..., "peak_mb": ...}
+
+The same figures can be shown in a chapter's text with {glue:text}`measured-time` and
+{glue:text}`measured-memory`. What differs from run to run for no good reason (progress bars, time stamps,
+this machine's paths) is not stored. A notebook is replaced only when every cell of the new one ran.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import jupytext
+import nbformat
+import psutil
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from jupytext.formats import JupytextFormatError
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from nbformat.validator import NotebookValidationError
+from tqdm import tqdm
+
+from stored_output import clean_outputs, measured_output, readable_time
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+
+
+class ChapterError(Exception):
+    """A chapter did not run to its end; the message says where and why."""
+
+
+def chapters(book: Path = BOOK) -> list[Path]:
+    """Return the sources of all chapters in the book's order, with the preface last."""
+    sources = [
+        p for p in book.rglob("[0-9][0-9]_*.md") if not {"_build", ".ipynb_checkpoints"} & set(p.parts)
+    ]
+    return sorted(sources, key=lambda p: (p.name.startswith("00_"), p.name))
+
+
+def notebook_path(source: Path) -> Path:
+    """Return the path of the notebook paired with `source`."""
+    return source.with_suffix(".ipynb")
+
+
+def stored_metadata(source: Path) -> dict:
+    """Return the `qtune` metadata of a chapter's notebook; empty when there is none."""
+    try:
+        return json.loads(notebook_path(source).read_text(encoding="utf-8"))["metadata"].get("qtune", {})
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ChapterError(
+            f"{notebook_path(source)} is not a notebook ({error}); delete it and run again"
+        ) from None
+
+
+def fingerprint(source: Path, book: Path = BOOK) -> str:
+    """Return the hash of what a notebook is made from: its source; for the preface, the run times too."""
+    digest = hashlib.sha256(source.read_text(encoding="utf-8").encode())
+    if source.name.startswith("00_"):
+        for other in chapters(book):
+            if other != source:
+                stored = stored_metadata(other)
+                digest.update(json.dumps([other.name, stored.get("seconds"), stored.get("peak_mb")]).encode())
+    return digest.hexdigest()
+
+
+def is_current(source: Path, book: Path = BOOK) -> bool:
+    """Tell whether a chapter's notebook was made from its present source."""
+    return stored_metadata(source).get("source_sha256") == fingerprint(source, book)
+
+
+def read_source(source: Path) -> NotebookNode:
+    """Read a chapter's source as a notebook without outputs; cell ids follow from the cells' text."""
+    try:
+        nb = jupytext.read(source)
+    except (JupytextFormatError, NotebookValidationError) as error:
+        raise ChapterError(f"{source} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
+    seen: dict[str, int] = {}
+    for cell in nb.cells:
+        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:10]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell.id = f"{digest}-{seen[digest]}"
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return nb
+
+
+class PeakMemory(threading.Thread):
+    """Samples the resident memory of a process and its children, and keeps the highest sum."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.process = psutil.Process(pid)
+        self.peak_bytes = 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Sample twenty times a second until stopped or until the process is gone."""
+        while not self.stopped.wait(0.05):
+            try:
+                tree = [self.process, *self.process.children(recursive=True)]
+                self.peak_bytes = max(self.peak_bytes, sum(p.memory_info().rss for p in tree))
+            except psutil.Error:
+                continue
+
+    def stop(self) -> float:
+        """Stop sampling and return the peak in MB (10⁶ bytes)."""
+        self.stopped.set()
+        self.join()
+        return self.peak_bytes / 1e6
+
+
+class OwnKernel(AsyncKernelManager):
+    """Starts this very interpreter as the kernel, whatever kernels the machine has installed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
+
+
+class Runner(NotebookClient):
+    """Executes a notebook, and measures time and memory."""
+
+    def __init__(self, nb: NotebookNode, folder: Path, timeout: int, bar: tqdm) -> None:
+        resources = {"metadata": {"path": str(folder)}}
+        super().__init__(
+            nb, kernel_manager_class=OwnKernel, timeout=timeout, resources=resources, record_timing=False
+        )
+        # A local kernel need not be told of TCP's risks.
+        self.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
+        self.coalesce_streams = True
+        self.bar = bar
+        self.cell_number = 0
+        self.on_cell_start = self.note_cell
+        self.memory: PeakMemory | None = None
+
+    def note_cell(self, cell: NotebookNode, cell_index: int) -> None:
+        """Remember which code cell runs, and start measuring with the first."""
+        self.bar.n = cell_index
+        self.bar.refresh()
+        self.cell_number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
+        if self.memory is None:
+            self.memory = PeakMemory(cast(Any, self.km).provisioner.pid)
+            self.memory.start()
+
+    def measure(self) -> tuple[float, float]:
+        """Execute every cell; return the seconds and the peak memory in MB."""
+        start = time.perf_counter()
+        try:
+            self.execute()
+        finally:
+            peak_mb = self.memory.stop() if self.memory else 0.0
+        return time.perf_counter() - start, peak_mb
+
+
+def explain(source: Path, runner: Runner, error: Exception) -> str:
+    """Return chapter, cell and reason of a failure as one text."""
+    code = [c for c in runner.nb.cells if c.cell_type == "code"]
+    name = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
+    where = f"{name}, code cell {runner.cell_number}"
+    listing = code[runner.cell_number - 1].source if 0 < runner.cell_number <= len(code) else ""
+    if isinstance(error, CellTimeoutError):
+        reason = f"ran longer than {runner.timeout} s (see --timeout)"
+    elif isinstance(error, DeadKernelError):
+        reason = "the Python process ended; most often the machine ran out of memory"
+    else:
+        reason = error.traceback if isinstance(error, CellExecutionError) else str(error)
+    return f"{where} failed:\n\n{listing}\n\n{reason}"
+
+
+def write_atomically(nb: NotebookNode, target: Path) -> None:
+    """Write a notebook aside, then move it into place, so that no half notebook is ever seen."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> NotebookNode:
+    """Execute one chapter and store its notebook; on failure raise `ChapterError` and leave the old one."""
+    nb = read_source(source)
+    with tqdm(total=len(nb.cells), desc=source.stem, unit="cell", disable=None) as bar:
+        runner = Runner(nb, source.parent, timeout, bar)
+        try:
+            seconds, peak_mb = runner.measure()
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            raise ChapterError(explain(source, runner, error)) from None
+        bar.n = len(nb.cells)
+        bar.refresh()
+    clean_outputs(nb, ROOT)
+    measured_output(nb, seconds, peak_mb)
+    nb.metadata["language_info"] = {"name": "python"}
+    nb.metadata["qtune"] = {
+        "source_sha256": fingerprint(source, book),
+        "seconds": round(seconds, 1),
+        "peak_mb": round(peak_mb),
+    }
+    write_atomically(nb, notebook_path(source))
+    print(f"{source.stem}: executed in {readable_time(seconds)}, {peak_mb / 1000:.1f} GB at most")
+    return nb
+
+
+def selected(only: list[str] | None) -> list[Path]:
+    """Return the chapters named by their numbers (`7` and `07` are the same), or all."""
+    found = chapters()
+    if not only:
+        return found
+    numbers = {f"{int(n):02d}" for n in only}
+    missing = numbers - {p.name[:2] for p in found}
+    if missing:
+        there = ", ".join(sorted(p.name[:2] for p in found))
+        raise ChapterError(f"no chapter {', '.join(sorted(missing))}; there are {there}")
+    return [p for p in found if p.name[:2] in numbers]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Execute the book's chapters into notebooks.")
+    parser.add_argument("--only", nargs="+", metavar="N", help="these chapters, by number")
+    parser.add_argument("--force", action="store_true", help="execute even when the source has not changed")
+    parser.add_argument(
+        "--check", action="store_true", help="execute nothing; exit 1 when a notebook is out of date"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=900, metavar="S", help="seconds a cell may take (default: 900)"
+    )
+    arguments = parser.parse_args(argv)
+    os.environ.update(OFFLINE)
+    try:
+        sources = selected(arguments.only)
+        if arguments.check:
+            stale = [p for p in sources if not is_current(p)]
+            for source in stale:
+                print(f"{source.relative_to(ROOT)}: its notebook is out of date; run `make notebooks`")
+            return 1 if stale else 0
+        for source in sources:
+            if arguments.force or not is_current(source):
+                execute_chapter(source, arguments.timeout)
+    except (ChapterError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.platform == "win32":
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())  # type: ignore[attr-defined]
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""scripts/notebooks.py executes what changed, stores it clean, and loses nothing when a cell fails."""
+
+import jupyterquiz
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+import notebooks
+from stored_output import GLUE_MIME, clean_outputs, readable_time, without_progress
+
+HEADER = """---
+jupytext:
+  formats: md:myst,ipynb
+kernelspec:
+  display_name: Python 3
+  name: python3
+---
+
+# A chapter
+
+```{code-cell} ipython3
+"""
+BAR = """\
+import pathlib
+from tqdm import tqdm
+for _ in tqdm(range(3)):
+    pass
+print(pathlib.Path.home())
+print(42)"""
+
+
+def chapter(folder, name, code):
+    source = folder / name
+    source.write_text(f"{HEADER}{code}\n```\n", encoding="utf-8")
+    return source
+
+
+def test_chapter_is_executed_and_stored_clean(tmp_path):
+    source = chapter(tmp_path, "07_small.md", BAR)
+    assert not notebooks.is_current(source, tmp_path)
+    notebooks.execute_chapter(source, book=tmp_path)
+    assert notebooks.is_current(source, tmp_path)
+    stored = nbformat.read(tmp_path / "07_small.ipynb", as_version=4)
+    nbformat.validate(stored)
+    *shown, time, memory = stored.cells[-1].outputs
+    assert [o.get("text") for o in shown] == ["~\n42\n"]
+    assert [o.metadata.scrapbook["name"] for o in (time, memory)] == ["measured-time", "measured-memory"]
+    assert stored.metadata.qtune.seconds > 0
+    assert stored.metadata.qtune.peak_mb > 10
+
+
+def test_same_source_gives_the_same_notebook(tmp_path):
+    source = chapter(tmp_path, "07_small.md", "print(42)")
+    first = notebooks.read_source(source)
+    assert [c.id for c in first.cells] == [c.id for c in notebooks.read_source(source).cells]
+    assert len({c.id for c in first.cells}) == len(first.cells)
+
+
+def test_changed_source_is_noticed(tmp_path):
+    source = chapter(tmp_path, "07_small.md", "print(42)")
+    notebooks.execute_chapter(source, book=tmp_path)
+    chapter(tmp_path, "07_small.md", "print(43)")
+    assert not notebooks.is_current(source, tmp_path)
+
+
+def test_failing_cell_names_the_place_and_keeps_the_old_notebook(tmp_path):
+    source = chapter(tmp_path, "07_small.md", "print(42)")
+    notebooks.execute_chapter(source, book=tmp_path)
+    before = (tmp_path / "07_small.ipynb").read_bytes()
+    chapter(tmp_path, "07_small.md", "print(42)\n```\n\n```{code-cell} ipython3\n1 / 0")
+    with pytest.raises(
+        notebooks.ChapterError, match=r"(?s)07_small\.md, code cell 2 failed.*ZeroDivisionError"
+    ):
+        notebooks.execute_chapter(source, book=tmp_path)
+    assert (tmp_path / "07_small.ipynb").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["07_small.ipynb", "07_small.md"]
+
+
+def test_endless_cell_is_ended(tmp_path):
+    source = chapter(tmp_path, "07_small.md", "while True: pass")
+    with pytest.raises(notebooks.ChapterError, match=r"code cell 1 failed(?s:.*)ran longer than 1 s"):
+        notebooks.execute_chapter(source, timeout=1, book=tmp_path)
+
+
+def test_preface_depends_on_the_measured_run_times(tmp_path):
+    preface, other = (
+        chapter(tmp_path, "00_preface.md", "print(1)"),
+        chapter(tmp_path, "07_small.md", "print(2)"),
+    )
+    assert notebooks.chapters(tmp_path) == [other, preface]
+    notebooks.execute_chapter(preface, book=tmp_path)
+    assert notebooks.is_current(preface, tmp_path)
+    notebooks.execute_chapter(other, book=tmp_path)
+    assert not notebooks.is_current(preface, tmp_path)
+
+
+def test_source_that_is_no_notebook_is_refused(tmp_path):
+    source = tmp_path / "07_small.md"
+    source.write_text(HEADER.replace("  display_name: Python 3\n", ""), encoding="utf-8")
+    with pytest.raises(notebooks.ChapterError, match=r"07_small\.md.*display_name"):
+        notebooks.read_source(source)
+
+
+def test_unknown_chapter_is_refused(capsys):
+    assert notebooks.main(["--only", "99"]) == 1
+    assert "no chapter 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("  0%|          | 0/3 [00:00<?, ?it/s]\r100%|███| 3/3 [00:00<00:00, 3.0it/s]\n", ""),
+        ("before\n 33%|█  | 1/3 [00:00<?, ?it/s]\rafter", "before\nafter"),
+        ("a\rb\nrest\n", "b\nrest\n"),
+        ("accuracy 75% | loss 0.1\n", "accuracy 75% | loss 0.1\n"),
+        ("\n\n", "\n\n"),
+    ],
+)
+def test_progress_is_dropped_and_text_kept(text, kept):
+    assert without_progress(text) == kept
+
+
+def test_quiz_asks_no_cdn_and_is_closed(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(jupyterquiz.dynamic.display, "display", lambda shape: shown.append(shape.data))
+    question = {"question": "$2^2$?", "type": "numeric", "answers": [{"type": "value", "value": 4}]}
+    jupyterquiz.display_quiz([question])
+    mimes = ("text/html", "application/javascript")
+    outputs = [new_output("display_data", data={m: data}) for m, data in zip(mimes, shown, strict=True)]
+    nb = new_notebook(cells=[new_code_cell("display_quiz(...)", outputs=outputs)])
+    clean_outputs(nb, tmp_path)
+    html, script = nb.cells[0].outputs
+    assert html.data["text/html"].count("<div") == html.data["text/html"].count("</div>")
+    assert "cdn" not in script.data["application/javascript"]
+    assert "typesetPromise" in script.data["application/javascript"]
+
+
+def test_run_times_are_readable():
+    assert readable_time(42.4) == "42 s"
+    assert readable_time(150) == "2.5 min"
+    assert GLUE_MIME.endswith("/")
