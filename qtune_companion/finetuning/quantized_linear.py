@@ -115,9 +115,7 @@ class QuantizedLinear(nn.Module):
         self, weight: Any, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        if isinstance(weight, type) or not (
-            dataclasses.is_dataclass(weight) and hasattr(weight, "dequantize")
-        ):
+        if not (dataclasses.is_dataclass(type(weight)) and hasattr(weight, "dequantize")):
             raise TypeError(
                 f"weight must be a quantized tensor (a dataclass with dequantize), got {type(weight).__name__}"
             )

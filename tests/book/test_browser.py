@@ -30,6 +30,9 @@ RAW_TEX = r"""() => {
     for (const error of document.querySelectorAll("mjx-merror, [data-mjx-error]")) {
         found.push("TeX error: " + (error.getAttribute("data-mjx-error") || error.textContent));
     }
+    for (const unknown of document.querySelectorAll("mjx-container mjx-mtext[style*='red']")) {
+        found.push("unknown TeX command in: " + unknown.closest("mjx-container").parentElement.className);
+    }
     return found;
 }"""
 

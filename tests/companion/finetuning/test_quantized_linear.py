@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from qtune_companion.finetuning.quantized_linear import QuantizedLinear
+from qtune_companion.quantization.affine import AffineGrid
+from qtune_companion.quantization.codebook import quantize_nf4
+
+KINDS = {
+    "nf4": lambda w: quantize_nf4(w),
+    "nf4-dq": lambda w: quantize_nf4(w, double_quant=True),
+    "int8": lambda w: AffineGrid(8, (1, -1), symmetric=True).encode(w),
+    "int4": lambda w: AffineGrid(4, (1, 32)).encode(w),
+}
+
+
+@pytest.fixture(params=KINDS)
+def layer(request):
+    torch.manual_seed(0)
+    return QuantizedLinear(KINDS[request.param](torch.randn(24, 40)), torch.randn(24))
+
+
+def test_forward_and_gradient_equal_the_dense_layers(layer):
+    x = torch.randn(3, 5, 40, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    dense = torch.nn.functional.linear(z, layer.weight.dequantize(), layer.bias)
+    y = layer(x)
+    assert torch.equal(y, dense)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    dense.backward(grad)
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_no_parameters_and_no_dense_weight_kept(layer):
+    assert not list(layer.parameters())
+    x = torch.randn(2, 40, requires_grad=True)
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+        layer(x)
+    assert not any(t.numel() == 24 * 40 and t.is_floating_point() for t in stored)
+
+
+def test_bf16_compute_keeps_the_inputs_dtype(layer):
+    fast = QuantizedLinear(layer.weight, layer.bias, torch.bfloat16)
+    x = torch.randn(4, 40)
+    assert fast(x).dtype == torch.float32
+    assert (fast(x) - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_cast_of_the_model_leaves_codes_and_scales_alone(layer):
+    before = layer.weight.dequantize(torch.float32)
+    assert torch.equal(layer.bfloat16().weight.dequantize(torch.float32), before)
+
+
+def test_state_dict_round_trip(layer):
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    x = torch.randn(2, 40)
+    y = layer(x)
+    for buffer in layer.buffers():
+        buffer.zero_()
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), y)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(TypeError, match="got Tensor"):
+        QuantizedLinear(torch.randn(3, 3))
+    with pytest.raises(ValueError, match="got \\(5,\\)"):
+        QuantizedLinear(quantize_nf4(torch.ones(5)))
+    with pytest.raises(ValueError, match="does not fit 4 outputs"):
+        QuantizedLinear(quantize_nf4(torch.ones(4, 4)), torch.ones(3))

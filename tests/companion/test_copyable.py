@@ -1,0 +1,59 @@
+"""Each file of the three rooms works alone, in an empty folder, with torch and its declared third parties."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "qtune_companion"
+FILES = sorted(
+    p for room in ("quantization", "finetuning", "evaluation") for p in (PACKAGE / room).glob("*.py") if p.stem != "__init__"
+)
+RUN = """
+import doctest, importlib.abc, importlib.util, sys
+class NoCompanion(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "qtune_companion":
+            raise ImportError(name)
+sys.meta_path.insert(0, NoCompanion())
+import {stem} as module, torch
+failed, tried = doctest.testmod(module, extraglobs={{"torch": torch}})
+print(failed, tried)
+"""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_file_alone(path, tmp_path):
+    (tmp_path / path.name).write_text(path.read_text("utf-8"), "utf-8")
+    command = [sys.executable, "-c", RUN.format(stem=path.stem)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-2] == "0", run.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_file_says_what_it_needs_and_keeps_to_it(path):
+    text = path.read_text("utf-8")
+    needs = re.search(r"Copy this file: it needs (.*?)\.\s", text, re.S)
+    assert needs, "the docstring must say 'Copy this file: it needs …'"
+    allowed = {"torch"} | {w for w in ("safetensors", "transformers", "datasets") if w in needs.group(1)}
+    imported = {m.split(".")[0] for m in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M)}
+    assert imported - allowed - set(sys.stdlib_module_names) == set()
+    assert "chapter" in text.split('"""')[1].lower()
+    assert text.count("\n") <= 300
+
+
+def test_the_package_stays_small():
+    assert sum(p.read_text("utf-8").count("\n") for p in PACKAGE.rglob("*.py")) <= 3500
+    for p in PACKAGE.rglob("*.py"):
+        assert p.read_text("utf-8").count("\n") <= 300, p
+
+
+def test_every_public_name_is_there():
+    import qtune_companion as qt
+
+    assert all(getattr(qt, name) is not None for name in qt.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = qt.nope
