@@ -76,7 +76,8 @@ def next_move_scores(
     scores = torch.empty(len(text), len(labels))
     was_training, side, cut = model.training, tokenizer.padding_side, tokenizer.truncation_side
     model.eval()
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    # an encoder counts its positions from the left end, so its padding goes right
+    tokenizer.padding_side, tokenizer.truncation_side = ("right" if masked else "left"), "left"
     try:
         for rows in progress(batches) if progress else batches:
             batch = tokenizer(

@@ -245,17 +245,8 @@ def save_adapter(
 def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """Load an adapter in PEFT's format into ``model``, in place, adding LoRA layers where there are none.
 
-    Returns
-    -------
-    list of str
-        Names of the adapted layers.
-
-    Raises
-    ------
-    FileNotFoundError
-        When the folder lacks a file.
-    ValueError
-        When the adapter was made for another model, is broken, or uses what this file does not do (DoRA, …).
+    Returns the names of the adapted layers. Raises FileNotFoundError when the folder lacks a file, ValueError
+    when the adapter was made for another model, is broken, or uses what this file does not do (DoRA, …).
     """
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -63,21 +63,8 @@ def dynamic_map() -> Tensor:
 def lloyd_max(samples: Tensor, bits: int, iterations: int = 100) -> Tensor:
     """Codebook with the least mean squared error for ``samples``, by Lloyd's algorithm.
 
-    Parameters
-    ----------
-    samples : Tensor
-        Any shape; at least ``2**bits`` distinct finite values.
-    bits : int
-        1 to 8.
-    iterations : int
-        Upper bound; stops early when nothing moves.
-
-    Returns
-    -------
-    Tensor
-        ``(2**bits,)``, ascending, in the dtype of ``samples`` (at least float32).
-
-    Raises ValueError on too few distinct or non-finite samples, or bits outside 1 … 8.
+    Takes at least ``2**bits`` distinct finite samples of any shape and 1 to 8 bits; stops early when nothing
+    moves. Returns ``(2**bits,)`` levels, ascending, in the samples' dtype (at least float32). Raises ValueError on too few distinct or non-finite samples, or bits outside 1 … 8.
 
     Examples
     --------

@@ -9,7 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qtune_companion"
 FILES = sorted(
-    p for room in ("quantization", "finetuning", "evaluation") for p in (PACKAGE / room).glob("*.py") if p.stem != "__init__"
+    p
+    for room in ("quantization", "finetuning", "evaluation")
+    for p in (PACKAGE / room).glob("*.py")
+    if p.stem != "__init__"
 )
 RUN = """
 import doctest, importlib.abc, importlib.util, sys

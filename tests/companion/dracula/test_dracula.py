@@ -40,7 +40,9 @@ def test_unknown_names_are_listed():
 
 def test_own_records(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"speech": "Bring the ladder.", "move": "spy"}\n\n{"speech": "Äh.", "move": "rest"}\n', "utf-8")
+    path.write_text(
+        '{"speech": "Bring the ladder.", "move": "spy"}\n\n{"speech": "Äh.", "move": "rest"}\n', "utf-8"
+    )
     assert load_records(path)["move"] == ["spy", "rest"]
 
 

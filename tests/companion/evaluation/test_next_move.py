@@ -24,7 +24,9 @@ def test_scores_are_the_models_last_logits():
     with torch.no_grad():
         logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
     wanted = logits[[tokenizer(label).input_ids[0] for label in LABELS]]
-    torch.testing.assert_close(next_move_scores(model, tokenizer, [prompt], LABELS)[0], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        next_move_scores(model, tokenizer, [prompt], LABELS)[0], wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_accuracy_counts_and_restores_the_tokenizer():

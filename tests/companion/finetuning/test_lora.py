@@ -71,7 +71,7 @@ def test_an_adapter_for_another_model_is_refused(tiny_llm, tmp_path):
     with pytest.raises(ValueError, match=r"another model: 14 layers are missing"):
         load_adapter_(torch.nn.Sequential(torch.nn.Linear(3, 3)), tmp_path)
     other = type(tiny_llm)(type(tiny_llm.config)(**{**tiny_llm.config.to_dict(), "hidden_size": 32}))
-    with pytest.raises(ValueError, match="another model: .* needs"):
+    with pytest.raises(ValueError, match=r"another model: .* needs"):
         load_adapter_(other, tmp_path)
     assert not any(isinstance(m, LoRALinear) for m in other.modules())
 
