@@ -54,7 +54,7 @@ GOOD = json.dumps({"speech": "a", "move": "spy"})
     [
         (b"", "holds no records"),
         (b"\n \n", "holds no records"),
-        (GOOD.encode() + b'\n{"speech": "a", "mov', "mine.jsonl, line 2: not a line of JSON"),
+        (GOOD.encode() + b'\n{"speech": "a", "mov', "line 2: not a line of JSON"),
         (b'\xff\xfe{"a": 1}', "line 1: not a line of JSON in UTF-8"),
         (b"[1, 2]", "line 1: needs an object"),
         (b'{"speech": "", "move": "spy"}', "line 1: needs a text field 'speech'"),
@@ -71,5 +71,5 @@ def test_bad_records_name_file_and_line(tmp_path, content, words):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         load_records(tmp_path / "nowhere.jsonl")

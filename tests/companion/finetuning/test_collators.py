@@ -31,7 +31,7 @@ def test_trimmed_logits_give_the_same_loss(tiny_llm, word_tokenizer):
 def test_a_long_prompt_loses_its_beginning_with_a_warning(word_tokenizer):
     with pytest.warns(UserWarning, match="7 tokens was cut from the left to 4"):
         batch = CompletionCollator(word_tokenizer, max_length=5)(RECORDS)
-    kept = word_tokenizer("last the old count will spy".split("last ")[1]).input_ids
+    kept = word_tokenizer("the old count will spy").input_ids
     assert batch["input_ids"][1].tolist() == kept
 
 
