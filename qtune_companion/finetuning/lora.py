@@ -83,8 +83,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input ``(…, in_features)`` → output ``(…, out_features)``."""
+        y = self.base(x)
         down = nn.functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, rank)
-        return self.base(x) + (nn.functional.linear(down, self.lora_B) * self.scaling).to(x.dtype)
+        if y.dtype != down.dtype:
+            return y + (nn.functional.linear(down, self.lora_B) * self.scaling).to(y.dtype)
+        rows, low = y.reshape(-1, self.out_features), down.reshape(-1, self.rank)
+        return torch.addmm(rows, low, self.lora_B.t(), alpha=self.scaling).view_as(y)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
