@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--dropout", type=float, default=0.0, help="LoRA's dropout")
     tune.add_argument("--epochs", type=int, default=3, help="passes over the training data")
     tune.add_argument("--batch-size", type=int, default=8, help="records a step")
-    tune.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    tune.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     tune.add_argument(
         "--max-length", type=int, default=512, help="tokens; longer prompts lose their beginning"
     )

@@ -53,7 +53,7 @@ class FinetuneConfig:
     dropout: float = 0.0  # on the adapter's input
     epochs: int = 3  # passes over the training data
     batch_size: int = 8  # speeches a step
-    lr: float = 5e-4  # peak learning rate; one warm-up, then cosine
+    lr: float = 1e-3  # peak learning rate; one warm-up, then cosine
     warmup: float = 0.1  # share of the steps
     weight_decay: float = 0.01  # on the adapter's matrices
     max_length: int = 512  # tokens; longer prompts lose their beginning

@@ -96,7 +96,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
 
 def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
     finetune(config(tiny, tmp_path, max_steps=3))
-    with pytest.raises(ValueError, match=r"cannot resume .*: lr was 0\.0005, now 0\.1"):
+    with pytest.raises(ValueError, match=r"cannot resume .*: lr was 0\.001, now 0\.1"):
         finetune(config(tiny, tmp_path, resume=True, lr=0.1))
 
 
