@@ -108,13 +108,15 @@ def _blockwise_codes(flat: Tensor, table: Tensor, block_size: int) -> tuple[Tens
     return torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8), absmax
 
 
-def _scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply a flat tensor by its blocks' absmax, in place."""
+def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Flat float32 values times their blocks' absmax, rounded once, to ``dtype``."""
     whole = values.numel() - values.numel() % block_size
-    values[:whole].view(-1, block_size).mul_(absmax[: whole // block_size, None])
+    out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
+    blocks = values[:whole].view(-1, block_size), absmax[: whole // block_size, None]
+    torch.mul(*blocks, out=out[:whole].view(-1, block_size))
     if whole < values.numel():
-        values[whole:].mul_(absmax[-1])
-    return values
+        torch.mul(values[whole:], absmax[-1], out=out[whole:])
+    return out
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,8 @@ class DoubleQuantized:
     def dequantize(self) -> Tensor:
         """The scales, float32, shape (blocks,)."""
         table = dynamic_map().to(self.codes.device)
-        return (
-            _scale_blocks_(table.index_select(0, self.codes.int()), self.absmax, self.block_size)
-            + self.offset
-        )
+        values = table.index_select(0, self.codes.int())
+        return _scale_blocks(values, self.absmax, self.block_size, torch.float32) + self.offset
 
     @property
     def nbytes(self) -> int:
@@ -191,8 +191,8 @@ class CodebookTensor:
         pairs = torch.cartesian_prod(table, table).contiguous()  # (256, 2): high code, low code
         values = pairs.view(torch.int64).squeeze(1).index_select(0, self.packed.int()).view(torch.float32)
         absmax = self.absmax.dequantize() if isinstance(self.absmax, DoubleQuantized) else self.absmax
-        values = _scale_blocks_(values[: math.prod(self.shape)], absmax, self.block_size)
-        return values.view(self.shape).to(dtype or self.dtype)
+        values = values[: math.prod(self.shape)]
+        return _scale_blocks(values, absmax, self.block_size, dtype or self.dtype).view(self.shape)
 
     @property
     def nbytes(self) -> int:
