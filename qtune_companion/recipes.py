@@ -5,12 +5,9 @@ Chapters 13 and 15 walk through it; ``qtune finetune`` runs it.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -255,7 +252,6 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
         On bad values, before anything is trained or written over.
     """
     start = time.perf_counter()
-    _keep_freed_memory()
     output = _check(config)
     train, test = _splits(config)
     _remember(config, output)
@@ -280,15 +276,6 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     save_adapter(model, output, base_model=config.model, task_type="CAUSAL_LM")
     seconds = time.perf_counter() - start
     return FinetuneResult(output, before, after, losses, model_bytes(model), bits, seconds, model, tokenizer)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed memory rather than return it at every step: faster steps on Linux' CPU."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _bar(description: str) -> Any:
