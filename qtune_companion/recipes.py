@@ -197,8 +197,6 @@ def prepare(config: FinetuneConfig) -> tuple[Any, Any, float | None]:
     bits = None
     if config.scheme is not None:
         bits = quantize_(model, config.scheme, compute_dtype=dtypes[config.compute]).bits_per_weight
-    for parameter in model.parameters():  # let go of the file they are mapped from
-        parameter.data = parameter.data.clone()
     # A slice of the hidden states is not contiguous, and torch would read the large output matrix once a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     set_seed(config.seed)

@@ -82,6 +82,8 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace the linear layers of ``model`` by quantized ones, in place.
 
+    What stays dense is copied, so that the file the weights were mapped from can be let go.
+
     Parameters
     ----------
     model : nn.Module
@@ -137,6 +139,8 @@ def quantize_(
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantizedLinear(quantized, layer.bias, compute_dtype))
+    for parameter in model.parameters():  # a view of a mapped weights file would keep all of it in memory
+        parameter.data = parameter.data.clone()
     return QuantizationReport(reports, before, sum(r.nbytes for r in reports))
 
 
