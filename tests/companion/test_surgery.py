@@ -51,3 +51,20 @@ def test_bad_input_leaves_the_model_whole(tiny_llm):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj holds NaN"):
         quantize_(tiny_llm, "nf4")
     assert not any(isinstance(m, QuantizedLinear) for m in tiny_llm.modules())
+
+
+def test_what_stays_dense_lets_the_mapped_file_go(tiny_llm, tmp_path):
+    tiny_llm.save_pretrained(tmp_path)
+    model = type(tiny_llm).from_pretrained(tmp_path)
+    before = {
+        name: (p.detach().clone(), p.untyped_storage().data_ptr()) for name, p in model.named_parameters()
+    }
+    quantize_(model, "nf4")
+    kept = dict(model.named_parameters())
+    assert kept
+    for name, parameter in kept.items():
+        value, home = before[name]
+        assert torch.equal(parameter, value)
+        assert parameter.untyped_storage().data_ptr() != home
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    assert model.lm_head.weight is model.model.embed_tokens.weight
