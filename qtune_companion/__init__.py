@@ -22,6 +22,7 @@ _NAMES = {
         "lloyd_max", "quantize_nf4",
     ],
     "quantization.packing": ["pack_bits", "unpack_bits"],
+    "finetuning.averaging": ["WeightAverage"],
     "finetuning.quantized_linear": ["QuantizedLinear"],
     "finetuning.lora": ["LoRALinear", "add_lora_", "load_adapter_", "merge_lora_", "save_adapter"],
     "finetuning.collators": ["ClozeCollator", "CompletionCollator"],
@@ -30,7 +31,8 @@ _NAMES = {
     "dracula": ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"],
     "models": ["available_models", "load_model", "load_tokenizer"],
     "surgery": ["QuantizationReport", "model_bytes", "quantize_"],
-    "recipes": ["AdapterTrainer", "FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"],
+    "recipes": ["FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"],
+    "trainer": ["AdapterTrainer", "newest_checkpoint"],
     "plots": ["COLORS", "plot_confusion", "plot_ledger", "use_style"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

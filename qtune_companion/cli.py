@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--batch-size", type=int, default=8, help="records a step")
     tune.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     tune.add_argument(
+        "--average", type=float, default=0.4, help="mean of the adapter over this last share of the steps"
+    )
+    tune.add_argument(
         "--max-length", type=int, default=512, help="tokens; longer prompts lose their beginning"
     )
     tune.add_argument("--save-steps", type=int, default=30, help="steps between checkpoints")

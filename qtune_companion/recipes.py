@@ -16,23 +16,27 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
 from .evaluation.next_move import label_ids, next_move_accuracy
 from .finetuning.collators import CompletionCollator
-from .finetuning.lora import add_lora_, load_adapter_, save_adapter
+from .finetuning.lora import add_lora_, save_adapter
 from .models import load_model, load_tokenizer
 from .surgery import model_bytes, quantize_
+from .trainer import AdapterTrainer, newest_checkpoint
 
-__all__ = ["AdapterTrainer", "FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"]
+__all__ = ["FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"]
 
 
 def best_compute_dtype() -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, else float32."""
+    """bfloat16 where the hardware multiplies its matrices faster, else float32.
+
+    On a CPU that takes matrix tiles (AMX); bfloat16 vector instructions alone are slower than float32's.
+    """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if probe is not None and probe() else torch.float32
 
 
@@ -52,6 +56,7 @@ class FinetuneConfig:
     batch_size: int = 8  # speeches a step
     lr: float = 1e-3  # peak learning rate; one warm-up, then cosine
     warmup: float = 0.1  # share of the steps
+    average: float = 0.4  # the adapter is its mean over this last share of the steps; 0: the last step's
     weight_decay: float = 0.01  # on the adapter's matrices
     max_length: int = 512  # tokens; longer prompts lose their beginning
     save_steps: int = 30  # a checkpoint every so many steps
@@ -76,49 +81,6 @@ class FinetuneResult:
     seconds: float
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
-
-
-class AdapterTrainer(Trainer):
-    """``Trainer`` whose checkpoints hold the adapter alone: the frozen base is loaded anew."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir, task_type="CAUSAL_LM")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_(model or self.model, resume_from_checkpoint)
-
-
-class _LossLog(TrainerCallback):
-    """Keeps each step's loss."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-
-
-_CHECKPOINT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; a run that was killed may leave a broken one behind."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):  # written last
-            continue
-        if all((path / name).is_file() for name in _CHECKPOINT_FILES):
-            return path
-    return None
 
 
 def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
@@ -146,6 +108,8 @@ def _check(config: FinetuneConfig) -> Path:
     for name in ("rank", "epochs", "batch_size", "save_steps", "max_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not 0 <= config.average <= 1:
+        raise ValueError(f"average must be a share of the steps, 0 to 1, got {config.average}")
     if not config.lr > 0:
         raise ValueError(f"lr must be positive, got {config.lr}")
     if config.compute not in ("auto", "bf16", "fp32"):
@@ -261,13 +225,13 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     before = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("Before"))
     train = train.add_column("length", [len(ids) for ids in tokenizer(list(train["prompt"])).input_ids])
     steps = config.epochs * -(-len(train) // config.batch_size)
-    log = _LossLog()
     trainer = AdapterTrainer(
         model=model,
         args=training_arguments(config, output, steps),
         train_dataset=train,
         data_collator=CompletionCollator(tokenizer, config.max_length),
-        callbacks=[log, *callbacks],
+        callbacks=list(callbacks),
+        average=config.average,
     )
     checkpoint = newest_checkpoint(output / "checkpoints") if config.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
