@@ -25,7 +25,7 @@ _NAMES = {
     "finetuning.averaging": ["WeightAverage"],
     "finetuning.quantized_linear": ["QuantizedLinear"],
     "finetuning.lora": ["LoRALinear", "add_lora_", "load_adapter_", "merge_lora_", "save_adapter"],
-    "finetuning.collators": ["ClozeCollator", "CompletionCollator"],
+    "finetuning.collators": ["ClozeCollator", "CompletionCollator", "completion_loss"],
     "evaluation.next_move": ["next_move_accuracy", "next_move_scores"],
     "evaluation.perplexity": ["perplexity", "token_losses"],
     "dracula": ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"],

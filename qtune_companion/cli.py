@@ -27,6 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--data", help='JSON lines {"speech": ..., "move": ..., "split": train|test (optional)}'
     )
+    tune.add_argument(
+        "--train-on",
+        default="train+validation",
+        choices=["train", "train+validation"],
+        help="splits to learn",
+    )
     tune.add_argument("--output", default="adapter", help="folder for the adapter, in PEFT's format")
     tune.add_argument(
         "--scheme", default="nf4-dq", choices=["nf4", "nf4-dq", "int8", "int4", "none"], help="base"
@@ -40,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--epochs", type=int, default=3, help="passes over the training data")
     tune.add_argument("--batch-size", type=int, default=8, help="records a step")
     tune.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    tune.add_argument(
+        "--prompt-weight", type=float, default=1.0, help="weight of the prompt's language-model loss; 0: none"
+    )
     tune.add_argument(
         "--average", type=float, default=0.4, help="mean of the adapter over this last share of the steps"
     )
@@ -71,6 +80,7 @@ def _finetune(args: argparse.Namespace) -> None:
     fields = {f.name for f in dataclasses.fields(FinetuneConfig)}
     values = {k: v for k, v in vars(args).items() if k in fields}
     values["scheme"] = None if args.scheme == "none" else args.scheme
+    values["train_on"] = tuple(args.train_on.split("+"))
     values["moves"] = tuple(m.strip() for m in args.moves.split(",")) if args.moves else MOVES
     result = finetune(FinetuneConfig(**values))
     ledger = result.ledger

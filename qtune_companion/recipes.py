@@ -5,6 +5,7 @@ Chapters 13 and 15 walk through it; ``qtune finetune`` runs it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
 from .evaluation.next_move import label_ids, next_move_accuracy
-from .finetuning.collators import CompletionCollator
+from .finetuning.collators import CompletionCollator, completion_loss
 from .finetuning.lora import add_lora_, save_adapter
 from .models import load_model, load_tokenizer
 from .surgery import model_bytes, quantize_
@@ -46,6 +47,7 @@ class FinetuneConfig:
 
     model: str = "smollm2-135m"  # an embedded name, a folder or a hub id
     data: str | None = None  # JSON lines with speech and move; None: the castle speeches
+    train_on: tuple[str, ...] = ("train", "validation")  # splits; nothing is chosen on validation here
     output: str = "adapter"  # folder of the adapter; checkpoints go to <output>/checkpoints
     scheme: str | None = "nf4-dq"  # how the frozen base is quantized; None leaves it dense
     compute: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware multiplies it natively
@@ -56,6 +58,9 @@ class FinetuneConfig:
     batch_size: int = 8  # speeches a step
     lr: float = 1e-3  # peak learning rate; one warm-up, then cosine
     warmup: float = 0.1  # share of the steps
+    prompt_weight: float = 1.0  # of the prompt's language-model loss beside the completion's; 0: none
+    prompt_every: int = 2  # one in so many prompt tokens counts for it
+    among: float = 0.5  # share of the completion's loss that compares the moves with one another alone
     average: float = 0.4  # the adapter is its mean over this last share of the steps; 0: the last step's
     weight_decay: float = 0.01  # on the adapter's matrices
     max_length: int = 512  # tokens; longer prompts lose their beginning
@@ -95,21 +100,26 @@ def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
         )
     prompts = to_prompts(rows, config.prompt)
     parts = []
-    for name in ("train", "test"):
-        keep = [i for i, split in enumerate(rows["split"]) if split == name]
+    for names in (config.train_on, ("test",)):
+        keep = [i for i, split in enumerate(rows["split"]) if split in names]
         if not keep:
-            raise ValueError(f"{config.data} has no records for the {name} split")
+            raise ValueError(f"{config.data} has no records for the split {' or '.join(names)}")
         parts.append(prompts.select(keep))
     return parts[0], parts[1]
 
 
 def _check(config: FinetuneConfig) -> Path:
     """Refuse bad values before any work is done; return the output folder, made and writable."""
-    for name in ("rank", "epochs", "batch_size", "save_steps", "max_length"):
+    for name in ("rank", "epochs", "batch_size", "save_steps", "max_length", "prompt_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if not 0 <= config.average <= 1:
-        raise ValueError(f"average must be a share of the steps, 0 to 1, got {config.average}")
+    for name in ("average", "among"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(config, name)}")
+    if not config.prompt_weight >= 0:
+        raise ValueError(f"prompt_weight must be 0 or more, got {config.prompt_weight}")
+    if not config.train_on or set(config.train_on) - {"train", "validation"}:
+        raise ValueError(f"train_on must name train, validation or both, got {'+'.join(config.train_on)!r}")
     if not config.lr > 0:
         raise ValueError(f"lr must be positive, got {config.lr}")
     if config.compute not in ("auto", "bf16", "fp32"):
@@ -229,7 +239,13 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
         model=model,
         args=training_arguments(config, output, steps),
         train_dataset=train,
-        data_collator=CompletionCollator(tokenizer, config.max_length),
+        data_collator=CompletionCollator(tokenizer, config.max_length, prompt_every=config.prompt_every),
+        compute_loss_func=functools.partial(
+            completion_loss,
+            prompt_weight=config.prompt_weight,
+            answers=label_ids(tokenizer, labels),
+            among=config.among,
+        ),
         callbacks=list(callbacks),
         average=config.average,
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ClozeCollator", "CompletionCollator"]
+__all__ = ["ClozeCollator", "CompletionCollator", "completion_loss"]
 
 IGNORE = -100  # the label that PyTorch's cross entropy skips
 
@@ -55,17 +55,28 @@ class CompletionCollator:
     trim_logits : bool
         Ask the model for the completion's logits only (``logits_to_keep``): the output layer of a small
         LLM with a large vocabulary is a large part of its work.
+    prompt_every : int
+        Above 0, also keep the logits of every so-manieth prompt token, for :func:`completion_loss`. Which
+        ones hangs on the batch alone, so that epochs see different tokens and a resumed run the same.
 
     Returns
     -------
     dict
         ``input_ids`` and ``attention_mask`` (batch, length), padded on the left; ``labels``, -100 but on
-        the completion, (batch, length) or, trimmed, (batch, logits_to_keep).
+        the completion, (batch, length) or, trimmed, (batch, logits_to_keep). With ``prompt_every``:
+        ``logits_to_keep`` holds the k kept columns, and ``labels`` (batch, 2, k) what follows each of them,
+        -100 but on the completion (first plane) and but on the prompt (second).
     """
 
     tokenizer: Any
     max_length: int = 512
     trim_logits: bool = True
+    prompt_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a share of the prompt that is none."""
+        if self.prompt_every < 0:
+            raise ValueError(f"prompt_every must be 0 (off) or a stride of tokens, got {self.prompt_every}")
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate records with ``prompt`` and ``completion``."""
@@ -87,11 +98,96 @@ class CompletionCollator:
             mask[i, length - len(row) :] = 1
             labels[i, length - answer :] = ids[i, length - answer :]
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.prompt_every:
+            return batch | self._with_prompt(ids, mask, labels, max(answers))
         if self.trim_logits:
             keep = min(length, max(answers) + 1)  # position t predicts token t + 1
             batch["labels"] = labels[:, -keep:]
             batch["logits_to_keep"] = keep
         return batch
+
+    def _with_prompt(self, ids: Tensor, mask: Tensor, labels: Tensor, answer: int) -> dict[str, Tensor]:
+        """Kept columns, and in two planes the labels of what follows them: completion and prompt."""
+        first, end = int(ids.sum()) % self.prompt_every, ids.shape[1] - 1 - answer
+        columns = torch.cat(
+            [torch.arange(first, end, self.prompt_every), torch.arange(end, ids.shape[1] - 1)]
+        )
+        after = columns + 1  # position t predicts token t + 1
+        seen = (mask[:, columns] == 1) & (labels[:, after] == IGNORE)
+        prompt = torch.where(seen, ids[:, after], IGNORE)
+        return {"logits_to_keep": columns, "labels": torch.stack([labels[:, after], prompt], dim=1)}
+
+
+def completion_loss(
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Any = None,
+    prompt_weight: float = 0.0,
+    answers: Sequence[int] = (),
+    among: float = 0.5,
+) -> Tensor:
+    """Loss of the completion, and of the prompt's kept tokens.
+
+    The completion's cross entropy is taken twice where the possible answers are known: over the vocabulary,
+    and over the answers alone, since only their order decides. A model that must also go on predicting the
+    prompt (``prompt_weight``) forgets less of what it knows. For ``Trainer``'s ``compute_loss_func``, with
+    ``functools.partial``.
+
+    Parameters
+    ----------
+    outputs : ModelOutput
+        ``logits`` (batch, k, vocabulary).
+    labels : Tensor
+        (batch, 2, k), from a :class:`CompletionCollator` with ``prompt_every``.
+    num_items_in_batch
+        Given by ``Trainer``, unused: each mean is over the batch's own tokens.
+    prompt_weight : float
+        Factor of the prompt's cross entropy.
+    answers : sequence of int
+        The tokens that a completion, one token long, can be.
+    among : float
+        Share of the completion's loss that is taken over ``answers`` alone.
+
+    Returns
+    -------
+    Tensor
+        Scalar, nats.
+
+    Raises
+    ------
+    ValueError
+        When the labels have no two planes, or a completion is not among the answers.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> outputs, labels = SimpleNamespace(logits=torch.zeros(1, 2, 4)), torch.tensor([[[-100, 3], [2, -100]]])
+    >>> completion_loss(outputs, labels, prompt_weight=0.5)  # ln 4 + 0.5 ln 4
+    tensor(2.0794)
+    >>> completion_loss(outputs, labels, answers=[1, 3], among=1.0)  # ln 2
+    tensor(0.6931)
+    """
+    if labels.dim() != 3 or labels.shape[1] != 2:
+        raise ValueError(f"labels must be (batch, 2, k), got {tuple(labels.shape)}: set prompt_every")
+    cross_entropy = torch.nn.functional.cross_entropy
+    completion, prompt = labels.to(outputs.logits.device).unbind(1)
+    logits, truth = (
+        outputs.logits[completion != IGNORE].float(),
+        completion[completion != IGNORE],
+    )  # (n, V), (n,)
+    loss = cross_entropy(logits, truth)
+    if len(answers):
+        choices = torch.tensor(list(answers), device=truth.device)
+        chosen = truth[:, None] == choices  # (n, answers)
+        if not chosen.any(1).all():
+            raise ValueError(
+                f"completion {truth[~chosen.any(1)][0].item()} is not among the answers {list(answers)}"
+            )
+        loss = (1 - among) * loss + among * cross_entropy(logits[:, choices], chosen.int().argmax(1))
+    if prompt_weight and (prompt != IGNORE).any():
+        logits, truth = outputs.logits[prompt != IGNORE].float(), prompt[prompt != IGNORE]
+        loss = loss + prompt_weight * cross_entropy(logits, truth)
+    return loss
 
 
 @dataclass

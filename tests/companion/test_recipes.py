@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 import subprocess
@@ -140,7 +141,9 @@ def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"average": 1.5}, "average must be a share of the steps, 0 to 1, got 1.5"),
+        ({"prompt_weight": -0.1}, "prompt_weight must be 0 or more, got -0.1"),
+        ({"average": 1.5}, "average must be a share, 0 to 1, got 1.5"),
+        ({"train_on": ("train", "test")}, r"train_on must name train, validation or both, got 'train\+test'"),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
         ({"compute": "fp8"}, "got 'fp8'"),
         ({"model": "nothing"}, "unknown model 'nothing'"),
@@ -202,3 +205,14 @@ def test_an_output_that_cannot_be_written_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     with pytest.raises(ValueError, match=r"is not writable \(Permission denied\)"):
         finetune(config(tiny, tmp_path / "out"))
+
+
+def test_command_line_defaults_are_the_recipes():
+    from qtune_companion.cli import _parser
+
+    given = vars(_parser().parse_args(["finetune"]))
+    given["train_on"] = tuple(given["train_on"].split("+"))
+    fields = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}
+    shared = given.keys() & fields.keys() - {"moves"}  # None there, the Count's eight here
+    assert len(shared) > 12
+    assert {k: given[k] for k in shared} == {k: fields[k] for k in shared}

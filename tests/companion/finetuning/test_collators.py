@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtune_companion.finetuning.collators import ClozeCollator, CompletionCollator
+from qtune_companion.finetuning.collators import ClozeCollator, CompletionCollator, completion_loss
 from qtune_companion.models import load_model, load_tokenizer
 
 RECORDS = [
@@ -60,3 +60,45 @@ def test_bad_input_is_named(word_tokenizer):
         ClozeCollator(word_tokenizer)
     with pytest.raises(ValueError, match="must be one"):
         ClozeCollator(load_tokenizer("minilm-l6")).answer_id("antidisestablishmentarianism")
+
+
+def test_prompt_tokens_are_kept_by_the_stride_and_weighed(tiny_llm, word_tokenizer):
+    plain = CompletionCollator(word_tokenizer, trim_logits=False)(RECORDS)
+    batch = CompletionCollator(word_tokenizer, prompt_every=2)(RECORDS)
+    ids, mask, columns = batch["input_ids"], batch["attention_mask"], batch["logits_to_keep"].tolist()
+    assert columns[-1] == 6  # the column before the completion's
+    assert columns[:-1] == list(range(columns[0], 6, 2))
+    completion, prompt = batch["labels"].unbind(1)
+    with torch.no_grad():
+        logits = tiny_llm(**{k: v for k, v in batch.items() if k != "labels"})
+        whole = tiny_llm(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits.logits, whole[:, columns])
+    wanted = [  # (row, column) pairs whose next token is a real prompt token
+        (r, c) for r in range(2) for c in columns if mask[r, c] and plain["labels"][r, c + 1] == -100
+    ]
+    assert (prompt != -100).sum() == len(wanted) > 0
+    prompt_nll = torch.stack([-whole[r, c].log_softmax(-1)[ids[r, c + 1]] for r, c in wanted]).mean()
+    answer_nll = torch.stack([-whole[r, 6].log_softmax(-1)[ids[r, 7]] for r in range(2)]).mean()
+    assert (completion != -100).sum() == 2
+    torch.testing.assert_close(
+        completion_loss(logits, batch["labels"], prompt_weight=0.25), answer_nll + prompt_nll / 4
+    )
+    torch.testing.assert_close(completion_loss(logits, batch["labels"]), answer_nll)
+    hide, spy = (word_tokenizer(w).input_ids[0] for w in ("hide", "spy"))
+    among = [(whole[0, 6], 0), (whole[1, 6], 1)]
+    pair_nll = torch.stack([-z[[hide, spy]].log_softmax(-1)[i] for z, i in among]).mean()
+    got = completion_loss(logits, batch["labels"], answers=[hide, spy], among=0.75)
+    torch.testing.assert_close(got, answer_nll / 4 + pair_nll * 3 / 4)
+    with pytest.raises(ValueError, match=f"completion {spy} is not among the answers"):
+        completion_loss(logits, batch["labels"], answers=[hide])
+
+
+def test_kept_prompt_tokens_hang_on_the_batch_alone(word_tokenizer):
+    collate = CompletionCollator(word_tokenizer, prompt_every=3)
+    first = [collate(RECORDS[i : i + 1])["logits_to_keep"].tolist() for i in (0, 1)]
+    again = [collate(RECORDS[i : i + 1])["logits_to_keep"].tolist() for i in (0, 1)]
+    assert first == again
+    with pytest.raises(ValueError, match="prompt_every must be 0"):
+        CompletionCollator(word_tokenizer, prompt_every=-1)
+    with pytest.raises(ValueError, match=r"labels must be \(batch, 2, k\), got \(2, 5\)"):
+        completion_loss(None, torch.zeros(2, 5))
