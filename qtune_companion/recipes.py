@@ -54,12 +54,12 @@ class FinetuneConfig:
     rank: int = 16  # inner dimension of the adapter
     alpha: float = 32.0  # its scale: alpha / rank
     dropout: float = 0.0  # on the adapter's input
-    epochs: int = 3  # passes over the training data
+    epochs: int = 2  # passes over the training data
     batch_size: int = 8  # speeches a step
     lr: float = 1e-3  # peak learning rate; one warm-up, then cosine
     warmup: float = 0.1  # share of the steps
     prompt_weight: float = 1.0  # of the prompt's language-model loss beside the completion's; 0: none
-    prompt_every: int = 2  # one in so many prompt tokens counts for it
+    prompt_every: int = 4  # one in so many prompt tokens counts for it
     among: float = 0.5  # share of the completion's loss that compares the moves with one another alone
     average: float = 0.4  # the adapter is its mean over this last share of the steps; 0: the last step's
     weight_decay: float = 0.01  # on the adapter's matrices

@@ -9,13 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
 from .finetuning.averaging import WeightAverage
 from .finetuning.lora import load_adapter_, save_adapter
 
-__all__ = ["AdapterTrainer", "newest_checkpoint"]
+__all__ = ["AdapterTrainer", "QuietBar", "newest_checkpoint"]
 
 _AVERAGE = "average.safetensors"
 _CHECKPOINT_FILES = (
@@ -38,6 +40,15 @@ class _Averaging(TrainerCallback):
             self.average.update(model)
 
 
+class QuietBar(ProgressCallback):
+    """A progress bar with the step's loss beside it, and no line a step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the loss beside the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
 class AdapterTrainer(Trainer):
     """``Trainer`` whose checkpoints hold the adapter alone: the frozen base is loaded anew.
 
@@ -46,6 +57,10 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, *args: Any, average: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for talkative in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(talkative)
+        if not self.args.disable_tqdm:
+            self.add_callback(QuietBar)
         self.average = WeightAverage()
         self.add_callback(_Averaging(self.average, average))
 

@@ -108,7 +108,8 @@ class CompletionCollator:
 
     def _with_prompt(self, ids: Tensor, mask: Tensor, labels: Tensor, answer: int) -> dict[str, Tensor]:
         """Kept columns, and in two planes the labels of what follows them: completion and prompt."""
-        first, end = int(ids.sum()) % self.prompt_every, ids.shape[1] - 1 - answer
+        end = ids.shape[1] - 1 - answer  # the column whose logits predict the completion
+        first = min(int(ids.sum()) % self.prompt_every, end)
         columns = torch.cat(
             [torch.arange(first, end, self.prompt_every), torch.arange(end, ids.shape[1] - 1)]
         )
@@ -184,9 +185,9 @@ def completion_loss(
                 f"completion {truth[~chosen.any(1)][0].item()} is not among the answers {list(answers)}"
             )
         loss = (1 - among) * loss + among * cross_entropy(logits[:, choices], chosen.int().argmax(1))
-    if prompt_weight and (prompt != IGNORE).any():
-        logits, truth = outputs.logits[prompt != IGNORE].float(), prompt[prompt != IGNORE]
-        loss = loss + prompt_weight * cross_entropy(logits, truth)
+    if prompt_weight and (prompt != IGNORE).any():  # no copy of the many logits, as picking rows would make
+        rest = cross_entropy(outputs.logits.flatten(0, 1).float(), prompt.flatten(), ignore_index=IGNORE)
+        loss = loss + prompt_weight * rest
     return loss
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,8 @@ def test_command_line(tiny, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "Memory ledger" in run.stdout
+    assert "grad_norm" not in run.stdout + run.stderr
+    assert re.search(r"12/12 .*loss=\d", run.stderr), "no progress bar with the loss"
     assert "Accuracy before" in run.stdout
     assert (out / "adapter_model.safetensors").is_file()
     check = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--data", tiny / "data.jsonl")

@@ -98,6 +98,9 @@ def test_kept_prompt_tokens_hang_on_the_batch_alone(word_tokenizer):
     first = [collate(RECORDS[i : i + 1])["logits_to_keep"].tolist() for i in (0, 1)]
     again = [collate(RECORDS[i : i + 1])["logits_to_keep"].tolist() for i in (0, 1)]
     assert first == again
+    rare = CompletionCollator(word_tokenizer, prompt_every=1000)(RECORDS)  # a stride beyond the prompt
+    assert rare["logits_to_keep"].tolist() == [6]
+    assert (rare["labels"][:, 0] != -100).all()
     with pytest.raises(ValueError, match="prompt_every must be 0"):
         CompletionCollator(word_tokenizer, prompt_every=-1)
     with pytest.raises(ValueError, match=r"labels must be \(batch, 2, k\), got \(2, 5\)"):
