@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -119,23 +120,34 @@ def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, dtype: torch.
     return out
 
 
+@functools.lru_cache(maxsize=8)
+def _quads(bits: tuple[int, ...]) -> Tensor:
+    """What each number of 16 bits, four packed codes, stands for: four float32 as one of 128 bits, (65536,)."""
+    table = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    quads = torch.cartesian_prod(table, table, table, table).view(256, 256, 4)  # first byte, second byte
+    return (
+        quads.transpose(0, 1).contiguous().view(torch.complex128).flatten()
+    )  # the first byte is the low one
+
+
+def _decode(packed: Tensor, codebook: Tensor) -> Tensor:
+    """Table values of packed codes, flat float32: four at a time on a CPU, two at a time elsewhere."""
+    table = codebook.to(packed.device, torch.float32)
+    if packed.device.type == "cpu" and sys.byteorder == "little":
+        packed = torch.nn.functional.pad(packed, (0, packed.numel() % 2))
+        quads = _quads(tuple(table.view(torch.int32).tolist()))
+        return quads.index_select(0, packed.view(torch.uint16).int()).view(torch.float32)
+    pairs = torch.cartesian_prod(table, table).contiguous()  # (256, 2): high code, low code
+    return pairs.view(torch.int64).squeeze(1).index_select(0, packed.int()).view(torch.float32)
+
+
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Scales that are themselves quantized: 8-bit dynamic-map codes, one float32 for 256 scales.
+    """Scales that are themselves quantized: 8-bit dynamic-map codes, one float32 for 256 scales."""
 
-    Attributes
-    ----------
-    codes : Tensor
-        uint8, one a block of weights.
-    absmax : Tensor
-        float32, one for ``block_size`` codes.
-    offset : Tensor
-        float32 scalar, the mean of the scales, subtracted before quantizing.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    offset: Tensor
+    codes: Tensor  # uint8, one a block of weights
+    absmax: Tensor  # float32, one for ``block_size`` codes
+    offset: Tensor  # float32 scalar, the mean of the scales, subtracted before quantizing
     block_size: int = 256
 
     @classmethod
@@ -165,31 +177,18 @@ class DoubleQuantized:
 
 @dataclass(frozen=True)
 class CodebookTensor:
-    """A quantized tensor: packed 4-bit indices into ``codebook`` and one scale a block.
+    """A quantized tensor: packed 4-bit indices into ``codebook`` and one scale a block."""
 
-    Attributes
-    ----------
-    packed : Tensor
-        uint8, ``ceil(numel / 2)`` bytes; the first of two codes is in the high half.
-    absmax : Tensor or DoubleQuantized
-        One scale a block of the flattened weight.
-    """
-
-    packed: Tensor
-    absmax: Tensor | DoubleQuantized
+    packed: Tensor  # uint8, ``ceil(numel / 2)`` bytes; the first of two codes is in the high half
+    absmax: Tensor | DoubleQuantized  # one scale a block of the flattened weight
     shape: tuple[int, ...]
     dtype: torch.dtype
     block_size: int
     codebook: Tensor
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, shape ``shape``, in ``dtype`` (default: the original one).
-
-        A table of 256 *pairs* decodes two codes at a time, each pair gathered as one 64-bit number.
-        """
-        table = self.codebook.to(self.packed.device, torch.float32)
-        pairs = torch.cartesian_prod(table, table).contiguous()  # (256, 2): high code, low code
-        values = pairs.view(torch.int64).squeeze(1).index_select(0, self.packed.int()).view(torch.float32)
+        """The weight, shape ``shape``, in ``dtype`` (default: the original one)."""
+        values = _decode(self.packed, self.codebook)
         absmax = self.absmax.dequantize() if isinstance(self.absmax, DoubleQuantized) else self.absmax
         values = values[: math.prod(self.shape)]
         return _scale_blocks(values, absmax, self.block_size, dtype or self.dtype).view(self.shape)
