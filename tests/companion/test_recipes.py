@@ -171,7 +171,7 @@ def test_command_line(tiny, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "Memory ledger" in run.stdout
     assert "grad_norm" not in run.stdout + run.stderr
-    assert re.search(r"12/12 .*loss=\d", run.stderr), "no progress bar with the loss"
+    assert re.search(r"6/6 .*loss=\d", run.stderr), "no progress bar with the loss"
     assert "Accuracy before" in run.stdout
     assert (out / "adapter_model.safetensors").is_file()
     check = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--data", tiny / "data.jsonl")
