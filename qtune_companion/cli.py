@@ -25,13 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
     tune.add_argument(
-        "--data", help='JSON lines {"speech": ..., "move": ..., "split": train|test (optional)}'
+        "--data", help='JSON lines {"speech": ..., "move": ..., "split": train|extra|validation|test (optional)}'
     )
     tune.add_argument(
-        "--train-on",
-        default="train+validation",
-        choices=["train", "train+validation"],
-        help="splits to learn",
+        "--train-on", default="train+extra", help="splits to learn: train, validation, extra, joined by +"
     )
     tune.add_argument("--output", default="adapter", help="folder for the adapter, in PEFT's format")
     tune.add_argument(

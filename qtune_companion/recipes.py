@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
@@ -47,7 +47,7 @@ class FinetuneConfig:
 
     model: str = "smollm2-135m"  # an embedded name, a folder or a hub id
     data: str | None = None  # JSON lines with speech and move; None: the castle speeches
-    train_on: tuple[str, ...] = ("train", "validation")  # splits; nothing is chosen on validation here
+    train_on: tuple[str, ...] = ("train", "extra")  # splits
     output: str = "adapter"  # folder of the adapter; checkpoints go to <output>/checkpoints
     scheme: str | None = "nf4-dq"  # how the frozen base is quantized; None leaves it dense
     compute: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware multiplies it natively
@@ -90,7 +90,10 @@ class FinetuneResult:
 
 def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     """Training and test records with prompt and completion."""
-    rows = load_speeches("castle") if config.data is None else load_records(config.data, config.moves)
+    if config.data is None:
+        rows = concatenate_datasets([load_speeches("castle"), load_speeches("castle", "extra")])
+    else:
+        rows = load_records(config.data, config.moves)
     if not any(rows["split"]):
         order = list(range(len(rows)))
         random.Random(0).shuffle(order)
@@ -118,8 +121,10 @@ def _check(config: FinetuneConfig) -> Path:
             raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(config, name)}")
     if not config.prompt_weight >= 0:
         raise ValueError(f"prompt_weight must be 0 or more, got {config.prompt_weight}")
-    if not config.train_on or set(config.train_on) - {"train", "validation"}:
-        raise ValueError(f"train_on must name train, validation or both, got {'+'.join(config.train_on)!r}")
+    if not config.train_on or set(config.train_on) - {"train", "validation", "extra"}:
+        raise ValueError(
+            f"train_on must name train, validation, extra or several, got {'+'.join(config.train_on)!r}"
+        )
     if not config.lr > 0:
         raise ValueError(f"lr must be positive, got {config.lr}")
     if config.compute not in ("auto", "bf16", "fp32"):

@@ -10,10 +10,13 @@ from typing import Any
 
 from datasets import Dataset
 
-__all__ = ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"]
+__all__ = ["FEINT", "MOVES", "PROMPT", "SPLITS", "load_journal", "load_records", "load_speeches", "to_prompts"]
 
 MOVES = ("attack", "hide", "travel", "feed", "lure", "rest", "spy", "bargain")
 """What the Count can do next; the labels of the corpus, in the order used everywhere."""
+
+SPLITS = ("train", "validation", "test", "extra")
+"""The parts of the corpus; ``extra`` holds more castle speeches to train on."""
 
 FEINT = {
     "rest": "attack", "attack": "travel", "travel": "hide", "hide": "spy",
@@ -34,13 +37,14 @@ def _one_of(what: str, value: str | None, allowed: Sequence[str]) -> None:
 
 
 def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset:
-    """The 1,200 speeches, or a part of them.
+    """The 1,200 speeches, or a part of them, or the further ones for training.
 
     Parameters
     ----------
     phase : {"castle", "code"}, optional
         Before, or after, the Count learned to program.
-    split : {"train", "validation", "test"}, optional
+    split : {"train", "validation", "test", "extra"}, optional
+        ``"extra"``: 768 further castle speeches for training, given only by name.
 
     Returns
     -------
@@ -54,12 +58,13 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
 
     Examples
     --------
-    >>> len(load_speeches("castle", "train"))
-    480
+    >>> len(load_speeches("castle", "train")), len(load_speeches("castle", "extra"))
+    (480, 768)
     """
     _one_of("phase", phase, ("castle", "code"))
-    _one_of("split", split, ("train", "validation", "test"))
-    lines = (_FOLDER / "speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    _one_of("split", split, SPLITS)
+    name = "speeches_extra.jsonl" if split == "extra" else "speeches.jsonl"
+    lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [r for r in rows if phase in (None, r["phase"]) and split in (None, r["split"])]
     return Dataset.from_list(rows)
@@ -95,8 +100,8 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
         if row["move"] not in moves:
             raise ValueError(f"{where}: move {row['move']!r} is not one of {', '.join(moves)}")
         split = row.get("split")
-        if split not in (None, "train", "validation", "test"):
-            raise ValueError(f"{where}: split {split!r} is not train, validation or test")
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
         rows.append({"speech": row["speech"], "move": row["move"], "split": split})
     if not rows:
         raise ValueError(f"{path} holds no records: one JSON object a line, with speech and move")
