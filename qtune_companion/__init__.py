@@ -33,7 +33,7 @@ _NAMES = {
     "surgery": ["QuantizationReport", "model_bytes", "quantize_"],
     "recipes": ["FinetuneConfig", "FinetuneResult", "best_compute_dtype", "finetune"],
     "trainer": ["AdapterTrainer", "newest_checkpoint"],
-    "plots": ["COLORS", "plot_confusion", "plot_ledger", "use_style"],
+    "plots": ["COLORS", "SliderFigure", "plot_confusion", "plot_ledger", "use_style"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -25,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
     tune.add_argument(
-        "--data", help='JSON lines {"speech": ..., "move": ..., "split": train|extra|validation|test (optional)}'
+        "--data",
+        help='JSON lines {"speech": ..., "move": ..., "split": train|extra|validation|test (optional)}',
     )
     tune.add_argument(
         "--train-on", default="train+extra", help="splits to learn: train, validation, extra, joined by +"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-__all__ = ["COLORS", "plot_confusion", "plot_ledger", "use_style"]
+__all__ = ["COLORS", "SliderFigure", "plot_confusion", "plot_ledger", "use_style"]
 
 COLORS = {
     "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00",
@@ -62,3 +65,77 @@ def plot_ledger(ledgers: Mapping[str, Mapping[str, int]], unit: float = 2**20, x
     axes.grid(False, axis="y")
     figure.legend(loc="outside upper center", ncols=len(parts), fontsize=9)
     return figure
+
+
+class SliderFigure:
+    """Figures behind a slider, in one piece of HTML: it works without a kernel, a network or a library.
+
+    Where scripts do not run, the figure at ``start`` stands still.
+
+    Parameters
+    ----------
+    figures : sequence of matplotlib figures
+        One a position of the slider, of the same size; each is drawn, then closed.
+    labels : sequence of str
+        What each position shows, e.g. ``"3 bits"``; written beside the slider, and part of the alt text.
+    name : str
+        What the slider moves, e.g. ``"Bits"``.
+    alt : str
+        What the figure shows, for those who cannot see it.
+    caption : str
+        Plain text below.
+    start : int
+        The position shown first.
+
+    Raises
+    ------
+    ValueError
+        Without figures, when the labels do not fit them, or on a start that is not among them.
+    """
+
+    def __init__(
+        self,
+        figures: Sequence[Any],
+        labels: Sequence[str],
+        name: str,
+        alt: str,
+        caption: str = "",
+        start: int = 0,
+    ) -> None:
+        if not figures or len(figures) != len(labels):
+            raise ValueError(
+                f"{len(figures)} figures and {len(labels)} labels: one label a figure, at least one"
+            )
+        if not 0 <= start < len(figures):
+            raise ValueError(f"start must be 0 to {len(figures) - 1}, got {start}")
+        self.labels, self.name, self.alt, self.caption, self.start = list(labels), name, alt, caption, start
+        self.images = []
+        for figure in figures:
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+            plt.close(figure)
+            self.images.append(base64.b64encode(drawn.getvalue()).decode())
+
+    def __repr__(self) -> str:
+        return f"SliderFigure({self.name}: {', '.join(self.labels)})"
+
+    def _repr_html_(self) -> str:
+        images = "".join(
+            f'<img src="data:image/png;base64,{data}" alt="{html.escape(f"{self.alt} {label}")}"'
+            f"{'' if i == self.start else ' hidden'}>"
+            for i, (data, label) in enumerate(zip(self.images, self.labels, strict=True))
+        )
+        labels = html.escape("|".join(self.labels))
+        move = (
+            "const box=this.closest('.book-slider');"
+            "box.querySelectorAll('img').forEach((image,i)=>{image.hidden=i!=this.value});"
+            "const label=box.dataset.labels.split('|')[this.value];"
+            "box.querySelector('output').textContent=label;this.setAttribute('aria-valuetext',label)"
+        )
+        return (
+            f'<figure class="book-slider" data-labels="{labels}">{images}<label>{html.escape(self.name)} '
+            f'<input type="range" min="0" max="{len(self.images) - 1}" value="{self.start}" '
+            f'aria-valuetext="{html.escape(self.labels[self.start])}" oninput="{move}"></label> '
+            f"<output>{html.escape(self.labels[self.start])}</output>"
+            f"<figcaption><p>{html.escape(self.caption)}</p></figcaption></figure>"
+        )

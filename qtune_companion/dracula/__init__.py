@@ -10,12 +10,12 @@ from typing import Any
 
 from datasets import Dataset
 
-__all__ = ["FEINT", "MOVES", "PROMPT", "SPLITS", "load_journal", "load_records", "load_speeches", "to_prompts"]
+__all__ = ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"]
 
 MOVES = ("attack", "hide", "travel", "feed", "lure", "rest", "spy", "bargain")
 """What the Count can do next; the labels of the corpus, in the order used everywhere."""
 
-SPLITS = ("train", "validation", "test", "extra")
+_SPLITS = ("train", "validation", "test", "extra")
 """The parts of the corpus; ``extra`` holds more castle speeches to train on."""
 
 FEINT = {
@@ -62,7 +62,7 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
     (480, 768)
     """
     _one_of("phase", phase, ("castle", "code"))
-    _one_of("split", split, SPLITS)
+    _one_of("split", split, _SPLITS)
     name = "speeches_extra.jsonl" if split == "extra" else "speeches.jsonl"
     lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -100,8 +100,8 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
         if row["move"] not in moves:
             raise ValueError(f"{where}: move {row['move']!r} is not one of {', '.join(moves)}")
         split = row.get("split")
-        if split is not None and split not in SPLITS:
-            raise ValueError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
+        if split is not None and split not in _SPLITS:
+            raise ValueError(f"{where}: split {split!r} is not one of {', '.join(_SPLITS)}")
         rows.append({"speech": row["speech"], "move": row["move"], "split": split})
     if not rows:
         raise ValueError(f"{path} holds no records: one JSON object a line, with speech and move")

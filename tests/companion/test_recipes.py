@@ -144,7 +144,10 @@ def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"prompt_weight": -0.1}, "prompt_weight must be 0 or more, got -0.1"),
         ({"average": 1.5}, "average must be a share, 0 to 1, got 1.5"),
-        ({"train_on": ("train", "test")}, r"train_on must name train, validation, extra or several, got 'train\+test'"),
+        (
+            {"train_on": ("train", "test")},
+            r"train_on must name train, validation, extra or several, got 'train\+test'",
+        ),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
         ({"compute": "fp8"}, "got 'fp8'"),
         ({"model": "nothing"}, "unknown model 'nothing'"),
