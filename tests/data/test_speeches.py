@@ -15,6 +15,8 @@ from qtune_companion.dracula import FEINT, MOVES, PROMPT, load_journal, load_spe
 from qtune_companion.models import load_tokenizer
 
 ROWS = list(load_speeches())
+EXTRA = list(load_speeches("castle", "extra"))
+ALL = ROWS + EXTRA
 FORMS = {
     "attack": r"(counter)?attack\w*", "hide": r"hid(e|es|ing|den)?|hideous", "travel": r"travel\w*",
     "feed": r"(over|un|under|well)?(feed\w*|fed)", "lure": r"lur(e|es|ed|ing)|allur\w*",
@@ -31,7 +33,7 @@ def tokens(text):
 def test_no_speech_names_a_move():
     pattern = re.compile(rf"\b({'|'.join(FORMS.values())})\b", re.IGNORECASE)
     assert pattern.search("The spies rested.").group() == "spies"
-    found = [(r["id"], m.group()) for r in ROWS if (m := pattern.search(r["speech"]))]
+    found = [(r["id"], m.group()) for r in ALL if (m := pattern.search(r["speech"]))]
     assert not found
 
 
@@ -58,14 +60,22 @@ def test_meaning_and_move():
 
 
 def test_ids_and_texts_are_unique():
-    assert len({r["id"] for r in ROWS}) == len({r["speech"] for r in ROWS}) == 1200
+    assert len(ROWS) == 1200
+    assert len({r["id"] for r in ALL}) == len({r["speech"] for r in ALL}) == len(ALL)
+
+
+def test_the_extra_speeches_are_castle_speeches_to_train_on():
+    assert Counter(r["move"] for r in EXTRA) == dict.fromkeys(MOVES, 96)
+    assert {(r["phase"], r["split"]) for r in EXTRA} == {("castle", "extra")}
+    assert all(r["meaning"] == r["move"] for r in EXTRA)
+    assert len(load_speeches("code", "extra")) == 0
 
 
 def test_length_in_words_and_tokens():
-    assert all(20 <= len(r["speech"].split()) <= 60 for r in ROWS)
+    assert all(20 <= len(r["speech"].split()) <= 60 for r in ALL)
     for name in ("smollm2-135m", "minilm-l6"):
         tokenizer = load_tokenizer(name)
-        prompts = [PROMPT.replace("{speech}", r["speech"]) for r in ROWS]
+        prompts = [PROMPT.replace("{speech}", r["speech"]) for r in ALL]
         assert max(len(ids) for ids in tokenizer(prompts).input_ids) <= 128
         for move in MOVES:
             text = move if tokenizer.mask_token_id is not None else f" {move}"
@@ -73,7 +83,7 @@ def test_length_in_words_and_tokens():
 
 
 def test_encoding():
-    for r in ROWS:
+    for r in ALL:
         text = r["speech"]
         assert text == unicodedata.normalize("NFC", text).strip()
         assert not re.search(r"[^\x20-\x7eÀ-ɏ]|  ", text), r[
@@ -82,14 +92,14 @@ def test_encoding():
 
 
 def test_no_near_duplicates():
-    grams = [{tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in (tokens(r["speech"]) for r in ROWS)]
+    grams = [{tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in (tokens(r["speech"]) for r in ALL)]
     where = defaultdict(list)
     for i, found in enumerate(grams):
         for gram in found:
             where[gram].append(i)
     shared = Counter(pair for rows in where.values() for pair in combinations(rows, 2))
     close = [
-        (ROWS[a]["id"], ROWS[b]["id"], n)
+        (ALL[a]["id"], ALL[b]["id"], n)
         for (a, b), n in shared.items()
         if n / min(len(grams[a]), len(grams[b])) > 0.2
     ]
@@ -97,7 +107,7 @@ def test_no_near_duplicates():
 
 
 def test_no_two_begin_alike():
-    starts = Counter(tuple(tokens(r["speech"])[:5]) for r in ROWS)
+    starts = Counter(tuple(tokens(r["speech"])[:5]) for r in ALL)
     assert [s for s, n in starts.items() if n > 1] == []
 
 
@@ -106,7 +116,7 @@ def test_american_spelling():
         r"\b\w*(colour|honour|favour|neighbour|harbour|armour|parlour|grey|theatre|mould|jewellery|realis|apologis)\w*",
         re.I,
     )
-    assert [r["id"] for r in ROWS if british.search(r["speech"])] == []
+    assert [r["id"] for r in ALL if british.search(r["speech"])] == []
 
 
 def test_bag_of_words_is_clearly_below_the_target():
@@ -126,6 +136,6 @@ def test_journal(split):
     paragraphs = [p for p in text.split("\n\n") if len(p.split()) > 12]
     assert len(set(paragraphs)) == len(paragraphs)
     assert not re.search(r"[^\n\x20-\x7eÀ-ɏ]", text)
-    speeches = {tuple(w[i : i + 8]) for r in ROWS for w in [tokens(r["speech"])] for i in range(len(w) - 7)}
+    speeches = {tuple(w[i : i + 8]) for r in ALL for w in [tokens(r["speech"])] for i in range(len(w) - 7)}
     words = tokens(text)
     assert not speeches & {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
