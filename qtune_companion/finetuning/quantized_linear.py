@@ -126,6 +126,7 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"bias of shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
         self.compute_dtype = compute_dtype
         self._template: Any = weight
+        self._built: tuple[list[int], Any] = ([], None)  # ids of the buffers, and the weight made of them
         for name, tensor in _tensors(weight, "weight").items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -134,7 +135,11 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Any:
         """The quantized weight, on the layer's present device."""
         tensors = {name: t for name, t in self._buffers.items() if t is not None and name != "bias"}
-        return _rebuild(self._template, "weight", tensors)
+        built_from, weight = self._built
+        if built_from != (now := [id(t) for t in tensors.values()]):  # a buffer was moved or assigned
+            weight = _rebuild(self._template, "weight", tensors)
+            self._built = now, weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Input ``(…, in_features)`` → output ``(…, out_features)``, in the input's dtype."""

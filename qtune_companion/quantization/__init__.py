@@ -1,1 +1,1 @@
-"""Quantizers: affine, codebook, packing. Each file can be copied alone."""
+"""Quantizers, formats and what prepares a model for them. Each file can be copied alone."""

@@ -49,7 +49,7 @@ def test_file_says_what_it_needs_and_keeps_to_it(path):
 
 
 def test_the_package_stays_small():
-    assert sum(p.read_text("utf-8").count("\n") for p in PACKAGE.rglob("*.py")) <= 3500
+    assert sum(p.read_text("utf-8").count("\n") for p in PACKAGE.rglob("*.py")) <= 4500
     for p in PACKAGE.rglob("*.py"):
         assert p.read_text("utf-8").count("\n") <= 300, p
 
