@@ -41,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--rank", type=int, default=16, help="LoRA's rank")
     tune.add_argument("--alpha", type=float, default=32.0, help="LoRA's scale is alpha / rank")
     tune.add_argument("--dropout", type=float, default=0.0, help="LoRA's dropout")
-    tune.add_argument("--epochs", type=int, default=2, help="passes over the training data")
+    tune.add_argument("--epochs", type=int, default=1, help="passes over the training data")
     tune.add_argument("--batch-size", type=int, default=8, help="records a step")
-    tune.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    tune.add_argument("--lr", type=float, default=7e-4, help="peak learning rate")
     tune.add_argument(
         "--prompt-weight", type=float, default=1.0, help="weight of the prompt's language-model loss; 0: none"
     )

@@ -23,6 +23,7 @@ from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
 from .evaluation.next_move import label_ids, next_move_accuracy
 from .finetuning.collators import CompletionCollator, completion_loss
 from .finetuning.lora import add_lora_, save_adapter
+from .finetuning.swiglu import lean_swiglu_
 from .models import load_model, load_tokenizer
 from .surgery import model_bytes, quantize_
 from .trainer import AdapterTrainer, newest_checkpoint
@@ -54,12 +55,12 @@ class FinetuneConfig:
     rank: int = 16  # inner dimension of the adapter
     alpha: float = 32.0  # its scale: alpha / rank
     dropout: float = 0.0  # on the adapter's input
-    epochs: int = 2  # passes over the training data
+    epochs: int = 1  # passes over the training data
     batch_size: int = 8  # speeches a step
-    lr: float = 1e-3  # peak learning rate; one warm-up, then cosine
+    lr: float = 7e-4  # peak learning rate; one warm-up, then cosine
     warmup: float = 0.1  # share of the steps
     prompt_weight: float = 1.0  # of the prompt's language-model loss beside the completion's; 0: none
-    prompt_every: int = 4  # one in so many prompt tokens counts for it
+    prompt_every: int = 8  # one in so many prompt tokens counts for it
     among: float = 0.5  # share of the completion's loss that compares the moves with one another alone
     average: float = 0.4  # the adapter is its mean over this last share of the steps; 0: the last step's
     weight_decay: float = 0.01  # on the adapter's matrices
@@ -176,6 +177,7 @@ def prepare(config: FinetuneConfig) -> tuple[Any, Any, float | None]:
     bits = None
     if config.scheme is not None:
         bits = quantize_(model, config.scheme, compute_dtype=dtypes[config.compute]).bits_per_weight
+    lean_swiglu_(model)
     # A slice of the hidden states is not contiguous, and torch would read the large output matrix once a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     set_seed(config.seed)

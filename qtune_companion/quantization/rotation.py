@@ -102,29 +102,33 @@ def rotate_(model: Any, online: bool = True, q: Tensor | None = None) -> Tensor:
             if not known or (norm(x) - plain).abs().max() > 0.02 * plain.abs().max():
                 raise ValueError(f"{name} is not one of a layer's two RMSNorms, x / rms(x) * weight")
 
+    def rows(w: Tensor, by: Any = turn) -> None:  # in parts, so that no large matrix lies in float64 whole
+        for part in w.split(4096):
+            part.copy_(by(part.double()))
+
     def read(norm: Any, *layers: Any) -> None:
         for layer in layers:
-            layer.weight.data = turn(layer.weight.double() * norm.weight.double()).to(layer.weight)
-        norm.weight.data = torch.ones_like(norm.weight)
+            rows(layer.weight, lambda w: turn(w * norm.weight.double()))
+        norm.weight.fill_(1)
 
     def write(by: Any, n: int, *layers: Any) -> None:  # outputs, in runs of n, are turned
         for p in (p for layer in layers for p in layer.parameters()):
             runs = p.double().view(-1, n, p.numel() // len(p)).transpose(1, 2)
-            p.data = by(runs).transpose(1, 2).reshape(p.shape).to(p)
+            p.copy_(by(runs).transpose(1, 2).reshape(p.shape))
 
     if head.weight is embed.weight:
         head.weight = nn.Parameter(embed.weight.clone(), embed.weight.requires_grad)
         model.config.tie_word_embeddings = False
-    embed.weight.data = turn(embed.weight.double()).to(embed.weight)
+    rows(embed.weight)
     for block, attention, mlp in ((b, b.self_attn, b.mlp) for b in body.layers):
         read(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
         read(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
         write(per_head, size, attention.v_proj)
         o = attention.o_proj.weight
-        o.data = per_head(o.double().unflatten(1, (-1, size))).flatten(1).to(o)
+        o.copy_(per_head(o.double().unflatten(1, (-1, size))).flatten(1))
         write(turn, hidden, attention.o_proj, mlp.down_proj)
         if online:
-            mlp.down_proj.weight.data = inner(mlp.down_proj.weight.double()).to(mlp.down_proj.weight)
+            rows(mlp.down_proj.weight, inner)
             mlp.down_proj = nn.Sequential(inner, mlp.down_proj)
     read(body.norm, head)
     return turn(one)
