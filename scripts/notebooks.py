@@ -223,6 +223,24 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
     return nb
 
 
+def update_prose(source: Path, book: Path = BOOK) -> bool:
+    """Keep the outputs where only the prose has changed, and store the new text; tell whether that was so."""
+    target = notebook_path(source)
+    if source.name.startswith("00_") or not target.is_file():  # the preface shows the others' run times
+        return False
+    old, nb = nbformat.read(target, as_version=4), read_source(source)
+    was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
+    if [(c.source, c.metadata) for c in was] != [(c.source, c.metadata) for c in now]:
+        return False
+    for executed, cell in zip(was, now, strict=True):
+        cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    nb.metadata["language_info"] = old.metadata["language_info"]
+    nb.metadata["qtune"] = old.metadata["qtune"] | {"source_sha256": fingerprint(source, book)}
+    write_atomically(nb, target)
+    print(f"{source.stem}: only its prose has changed; the outputs are kept")
+    return True
+
+
 def selected(only: list[str] | None) -> list[Path]:
     """Return the chapters named by their numbers (`7` and `07` are the same), or all."""
     found = chapters()
@@ -257,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{source.relative_to(ROOT)}: its notebook is out of date; run `make notebooks`")
             return 1 if stale else 0
         for source in sources:
-            if arguments.force or not is_current(source):
+            if arguments.force or not (is_current(source) or update_prose(source)):
                 execute_chapter(source, arguments.timeout)
     except (ChapterError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -63,6 +63,23 @@ def test_changed_source_is_noticed(tmp_path):
     assert not notebooks.is_current(source, tmp_path)
 
 
+def test_changed_prose_keeps_the_outputs_and_changed_code_does_not(tmp_path):
+    source = chapter(tmp_path, "07_small.md", "print(42)")
+    executed = notebooks.execute_chapter(source, book=tmp_path)
+    source.write_text(source.read_text("utf-8").replace("# A chapter", "# The chapter, revised"), "utf-8")
+    assert notebooks.update_prose(source, tmp_path)
+    assert notebooks.is_current(source, tmp_path)
+    stored = nbformat.read(tmp_path / "07_small.ipynb", as_version=4)
+    assert stored.cells[0].source == "# The chapter, revised"
+    assert stored.cells[-1].outputs == executed.cells[-1].outputs
+    assert stored.cells[-1].execution_count == 1
+    assert stored.metadata.qtune.seconds == executed.metadata.qtune.seconds
+    for changed in ("print(43)", ":tags: [hide-input]\n\nprint(42)"):
+        chapter(tmp_path, "07_small.md", changed)
+        assert not notebooks.update_prose(source, tmp_path)
+    assert not notebooks.update_prose(chapter(tmp_path, "08_new.md", "1"), tmp_path)
+
+
 def test_failing_cell_names_the_place_and_keeps_the_old_notebook(tmp_path):
     source = chapter(tmp_path, "07_small.md", "print(42)")
     notebooks.execute_chapter(source, book=tmp_path)
