@@ -63,9 +63,8 @@ class AffineParams:
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code."""
-        if self.symmetric:
-            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return 0, 2**self.bits - 1
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return low, low + 2**self.bits - 1
 
 
 def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
@@ -225,7 +224,7 @@ class AffineTensor:
         if len(self.shape) != 2 or self.packed.device.type != "cpu" or self.block_size[0] != 1:
             return None
         (n_out, n_in), block, scale = self.shape, self.block_size[1], self.scale.bfloat16()
-        if self.bits == 8 and self.zero_point is None and block == n_in:
+        if self.bits == 8 and self.zero_point is None and block == n_in and n_in % 16 == 0:
             codes, scale = (self._unpack() ^ 128).view(torch.int8), scale.view(-1)  # minus 128
             return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scale)
         if self.bits != 4 or block not in (32, 64, 128, 256) or n_in % block or n_out % 16:
@@ -238,13 +237,14 @@ class AffineTensor:
     def matmul(self, x: Tensor) -> Tensor:
         """``x @ dequantize().T`` without gradient, ``(…, in)`` → ``(…, out)``.
 
-        For bf16 on a CPU, 4 bits in blocks of 32 to 256 and 8 symmetric bits a row have a kernel that
-        decodes in registers. It keeps a copy of the codes in its own layout, and rounds scales to bf16.
+        On a CPU in bf16, 4 bits in blocks of 32 to 256 and 8 symmetric bits a row have a kernel that decodes
+        in registers. It keeps a copy of the codes in its own layout, and its scales are rounded to bf16.
         """
-        kernel = self._kernel if x.dtype == torch.bfloat16 else None
-        if kernel is None or not x.numel():
+        kernel = self._kernel if x.dtype == torch.bfloat16 and x.numel() else None
+        if kernel is None:
             return torch.nn.functional.linear(x, self.dequantize(x.dtype))
-        return kernel(x.reshape(-1, self.shape[1]).contiguous()).view(*x.shape[:-1], self.shape[0])
+        rows = x.reshape(-1, self.shape[1]).clone(memory_format=torch.contiguous_format)  # aligned anew
+        return kernel(rows).view(*x.shape[:-1], self.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_kernel"}  # its layout differs by machine
@@ -252,8 +252,7 @@ class AffineTensor:
     @property
     def nbytes(self) -> int:
         """Bytes stored: codes, scales and zero points."""
-        zero = 0 if self.zero_point is None else self.zero_point.nbytes
-        return self.packed.nbytes + self.scale.nbytes + zero
+        return sum(t.nbytes for t in (self.packed, self.scale, self.zero_point) if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
