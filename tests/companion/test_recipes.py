@@ -132,7 +132,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
 
 
 def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
-    finetune(config(tiny, tmp_path, max_steps=3))
+    finetune(config(tiny, tmp_path, max_steps=3, lr=1e-3))
     with pytest.raises(ValueError, match=r"cannot resume .*: lr was 0\.001, now 0\.1"):
         finetune(config(tiny, tmp_path, resume=True, lr=0.1))
 
