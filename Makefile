@@ -43,7 +43,7 @@ browser: setup
 	@$(BIN)/python scripts/browser.py --install
 
 test: setup browser lint  ## Everything that CI checks
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup  ## Style, types and spelling
 	$(BIN)/ruff check .

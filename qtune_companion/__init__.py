@@ -17,6 +17,7 @@ _NAMES = {
         "AffineGrid", "AffineParams", "AffineTensor", "choose_qparams", "dequantize_affine", "fake_quantize",
         "quantize_affine",
     ],
+    "quantization.calibration": ["collect_absmax", "collect_hessians", "collect_inputs"],
     "quantization.codebook": [
         "FP4", "NF4", "CodebookGrid", "CodebookTensor", "DoubleQuantized", "NF4Tensor", "dynamic_map",
         "lloyd_max", "quantize_nf4",
@@ -35,8 +36,10 @@ _NAMES = {
     "finetuning.swiglu": ["GatedMLP", "lean_swiglu_"],
     "finetuning.lora": ["LoRALinear", "add_lora_", "load_adapter_", "merge_lora_", "save_adapter"],
     "finetuning.collators": ["ClozeCollator", "CompletionCollator", "completion_loss"],
+    "evaluation.divergence": ["Divergence", "block_bootstrap", "compare", "kl_divergence", "log_probs"],
     "evaluation.next_move": ["next_move_accuracy", "next_move_scores"],
     "evaluation.perplexity": ["perplexity", "token_losses"],
+    "evaluation.scoreboard": ["Row", "add_row", "pareto", "read_rows", "table"],
     "dracula": ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_speeches", "to_prompts"],
     "models": ["available_models", "load_model", "load_tokenizer"],
     "surgery": ["QuantizationReport", "model_bytes", "quantize_"],

@@ -2,8 +2,9 @@
 
 python scripts/notebooks.py [--only 07 13] [--force] [--check]
 
-A chapter is executed again only when its source has changed since. The preface comes last and again after
-any other, because it shows a table of the run times that the others store in their metadata:
+A chapter is executed again only when its source has changed since. Chapters that measure a method add rows
+to the scoreboard, book/appendix/90_scoreboard.json; the page that shows it comes after them. The preface comes
+last and again after any other, because it shows a table of the run times that the others store in their metadata:
 
     nb.metadata.qtune = {"source_sha256": ..., "seconds": ..., "peak_mb": ...}
 
@@ -77,8 +78,13 @@ def stored_metadata(source: Path) -> dict:
 
 
 def fingerprint(source: Path, book: Path = BOOK) -> str:
-    """Return the hash of what a notebook is made from: its source; for the preface, the run times too."""
+    """Return the hash of what a notebook is made from: its source, and data beside it that has its name.
+
+    For the preface, the run times of all others too.
+    """
     digest = hashlib.sha256(source.read_text(encoding="utf-8").encode())
+    if (data := source.with_suffix(".json")).is_file():  # what the page shows: the scoreboard's rows
+        digest.update(data.read_text(encoding="utf-8").encode())
     if source.name.startswith("00_"):
         for other in chapters(book):
             if other != source:
@@ -164,11 +170,11 @@ class Runner(NotebookClient):
             self.memory = PeakMemory(cast(Any, self.km).provisioner.pid)
             self.memory.start()
 
-    def measure(self) -> tuple[float, float]:
-        """Execute every cell; return the seconds and the peak memory in MB."""
+    def measure(self, scoreboard: Path) -> tuple[float, float]:
+        """Execute every cell, rows of the scoreboard going to that file; return seconds and peak memory in MB."""
         start = time.perf_counter()
         try:
-            self.execute()
+            self.execute(env={**os.environ, "QTUNE_SCOREBOARD": str(scoreboard)})
         finally:
             peak_mb = self.memory.stop() if self.memory else 0.0
         return time.perf_counter() - start, peak_mb
@@ -205,7 +211,7 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
     with tqdm(total=len(nb.cells), desc=source.stem, unit="cell", disable=None) as bar:
         runner = Runner(nb, source.parent, timeout, bar)
         try:
-            seconds, peak_mb = runner.measure()
+            seconds, peak_mb = runner.measure(book / "appendix" / "90_scoreboard.json")
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             raise ChapterError(explain(source, runner, error)) from None
         bar.n = len(nb.cells)

@@ -10,13 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 sys.path.insert(0, str(ROOT / "scripts"))
+from notebooks import stored_metadata  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """With pytest-xdist, keep on one worker what uses the built site, so that it is built once."""
+    """With pytest-xdist, build the site once, on one worker, and begin with what takes longest."""
     for item in items:
         if "site" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("site"))
+    items.sort(key=longest_first)
+
+
+def longest_first(item):
+    """Notebooks by their stored run times, then what uses the site, then the rest."""
+    if getattr(item, "originalname", "") == "test_notebook_runs":
+        return -stored_metadata(item.callspec.params["source"]).get("seconds", 0.0)
+    return 0.0 if item.get_closest_marker("xdist_group") else 1.0
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ def test_notebook_runs(source):
         "--color=no",
         str(notebook_path(source)),
     ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "QTUNE_SCOREBOARD"
+    }
     environment |= {**OFFLINE, "JUPYTER_PREFER_ENV_PATH": "1"}
     run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -111,6 +111,21 @@ def test_preface_depends_on_the_measured_run_times(tmp_path):
     assert not notebooks.is_current(preface, tmp_path)
 
 
+def test_rows_go_to_the_scoreboard_and_its_page_is_then_out_of_date(tmp_path):
+    (tmp_path / "appendix").mkdir()
+    board = chapter(tmp_path / "appendix", "90_scoreboard.md", "print(1)")
+    notebooks.execute_chapter(board, book=tmp_path)
+    assert notebooks.is_current(board, tmp_path)
+    add = """from qtune_companion.evaluation.scoreboard import add_row
+add_row(7, "toy", bits=4.5, perplexity=20.0, kl=0.1, kl_interval=(0.1, 0.1), bytes=1, seconds=1.0)"""
+    source = chapter(tmp_path, "07_small.md", add)
+    assert notebooks.chapters(tmp_path) == [source, board]
+    notebooks.execute_chapter(source, book=tmp_path)
+    assert '"toy"' in board.with_suffix(".json").read_text(encoding="utf-8")
+    assert notebooks.is_current(source, tmp_path)
+    assert not notebooks.is_current(board, tmp_path)
+
+
 def test_source_that_is_no_notebook_is_refused(tmp_path):
     source = tmp_path / "07_small.md"
     source.write_text(HEADER.replace("  display_name: Python 3\n", ""), encoding="utf-8")
