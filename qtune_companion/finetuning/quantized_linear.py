@@ -4,8 +4,11 @@ The frozen base of QLoRA: Dettmers et al. 2023 (arXiv:2305.14314), equation 5. T
 decoded when it is needed, in the forward pass and again in the backward pass, and never kept:
 autograd flows through the *input*, and the weight has no gradient. Explained in chapter 13.
 
+A few rows at a time, with no gradient wanted, are multiplied by the weight's own ``matmul`` where it
+has one, which may read the packed codes without decoding them to memory. Explained in chapter 9.
+
 Copy this file: it needs only torch. It holds any *quantized tensor*: a dataclass with
-``dequantize(dtype)``, ``shape``, ``nbytes`` and ``bits_per_weight``.
+``dequantize(dtype)``, ``shape``, ``nbytes`` and ``bits_per_weight``, and perhaps ``matmul(x)``.
 """
 
 from __future__ import annotations
@@ -89,6 +92,12 @@ class QuantizedLinear(nn.Module):
     compute_dtype : torch.dtype, optional
         Precision of the multiplication; default: the input's. The result has the input's dtype.
 
+    Attributes
+    ----------
+    fused_rows : int
+        Up to so many rows (tokens) go to the weight's ``matmul``, when no gradient is wanted. More of
+        them share one decoded weight. 0 never fuses; where the two meet depends on the machine.
+
     Raises
     ------
     TypeError
@@ -111,6 +120,8 @@ class QuantizedLinear(nn.Module):
     tensor([[1.5000, 3.5000]])
     """
 
+    fused_rows = 64
+
     def __init__(
         self, weight: Any, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
@@ -126,7 +137,7 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"bias of shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
         self.compute_dtype = compute_dtype
         self._template: Any = weight
-        self._built: tuple[list[int], Any] = ([], None)  # ids of the buffers, and the weight made of them
+        self._built: tuple[Any, Any] = (None, None)  # which buffers, and the weight made of them
         for name, tensor in _tensors(weight, "weight").items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -135,15 +146,28 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Any:
         """The quantized weight, on the layer's present device."""
         tensors = {name: t for name, t in self._buffers.items() if t is not None and name != "bias"}
+        if torch.compiler.is_compiling():
+            return _rebuild(self._template, "weight", tensors)
         built_from, weight = self._built
-        if built_from != (now := [id(t) for t in tensors.values()]):  # a buffer was moved or assigned
+        now = [(id(t), 0 if t.is_inference() else t._version) for t in tensors.values()]
+        if built_from != now:  # a buffer was moved, assigned or overwritten
             weight = _rebuild(self._template, "weight", tensors)
             self._built = now, weight
         return weight
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether ``forward(x)`` leaves the product to the weight's ``matmul``: few rows, and no gradient."""
+        few = x.numel() <= self.fused_rows * self.in_features
+        learns = torch.is_grad_enabled() and x.requires_grad
+        return few and not learns and hasattr(self._template, "matmul") and not torch.compiler.is_compiling()
+
     def forward(self, x: Tensor) -> Tensor:
         """Input ``(…, in_features)`` → output ``(…, out_features)``, in the input's dtype."""
-        y = _FrozenMatmul.apply(x, self.weight, self.compute_dtype or x.dtype)
+        dtype = self.compute_dtype or x.dtype
+        if self.fuses(x):
+            y = self.weight.matmul(x.to(dtype)).to(x.dtype)
+        else:
+            y = _FrozenMatmul.apply(x, self.weight, dtype)
         bias = self._buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 

@@ -1,7 +1,7 @@
 """Affine (uniform, integer) quantization: ``x ≈ scale * (code - zero_point)``.
 
 Follows Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference" (arXiv:1712.05877), equation 1. Explained in chapter 3.
+Integer-Arithmetic-Only Inference" (arXiv:1712.05877), equation 1. Explained in chapter 3, ``matmul`` in chapter 9.
 
 Copy this file: it needs only torch.
 
@@ -21,21 +21,19 @@ A block size that does not divide an axis leaves a shorter last block.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "AffineGrid",
-    "AffineParams",
-    "AffineTensor",
-    "choose_qparams",
-    "dequantize_affine",
-    "fake_quantize",
+    "AffineGrid", "AffineParams", "AffineTensor", "choose_qparams", "dequantize_affine", "fake_quantize",
     "quantize_affine",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,13 @@ class AffineParams:
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code."""
-        if self.symmetric:
-            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return 0, 2**self.bits - 1
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return low, low + 2**self.bits - 1
 
 
 def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
     if len(block_size) != len(shape):
-        raise ValueError(
-            f"block_size {block_size} has {len(block_size)} entries; the shape {tuple(shape)} needs {len(shape)}"
-        )
+        raise ValueError(f"block_size {block_size} does not fit {tuple(shape)}, which needs {len(shape)}")
     for b in block_size:
         if b != -1 and b < 1:
             raise ValueError(f"block_size entries must be positive or -1 (the whole axis), got {b}")
@@ -84,10 +79,8 @@ def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
 def _reduce(x: Tensor, block: tuple[int, ...], op: str) -> Tensor:
     """Minimum or maximum of each block; a short last block is extended by its own last element."""
     for axis, b in enumerate(block):
-        n = x.shape[axis]
-        short = -n % b
-        if short:
-            last = x.narrow(axis, n - 1, 1)
+        if short := -x.shape[axis] % b:
+            last = x.narrow(axis, -1, 1)
             x = torch.cat([x, last.expand(*x.shape[:axis], short, *x.shape[axis + 1 :])], axis)
         x = x.unflatten(axis, (-1, b))  # (…, blocks, b, …)
         x = x.amin(axis + 1) if op == "min" else x.amax(axis + 1)
@@ -170,9 +163,14 @@ def quantize_affine(x: Tensor, params: AffineParams) -> Tensor:
 
 def dequantize_affine(codes: Tensor, params: AffineParams) -> Tensor:
     """``scale * (codes - zero_point)``, in the scale's dtype and the codes' shape."""
-    scale = _spread(params.scale, codes.shape, params.block_size)
-    zero = _spread(params.zero_point, codes.shape, params.block_size)
-    return (codes.to(torch.int32) - zero).to(scale.dtype) * scale
+    scale, zero = params.scale, params.zero_point.to(params.scale.dtype)
+    pairs = list(zip(codes.shape, params.block_size, strict=True))
+    if any(n % b for n, b in pairs):
+        zero = _spread(zero, codes.shape, params.block_size)
+        return (codes.to(scale.dtype) - zero) * _spread(scale, codes.shape, params.block_size)
+    one_each = [part for n in scale.shape for part in (n, 1)]  # (…, blocks, 1, …): nothing is repeated
+    values = codes.reshape([part for n, b in pairs for part in (n // b, b)]).to(scale.dtype)
+    return (values.sub_(zero.view(one_each)) * scale.view(one_each)).view(codes.shape)
 
 
 def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
@@ -205,27 +203,56 @@ class AffineTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def _unpack(self) -> Tensor:
+        """Unsigned codes, uint8, shape ``shape``."""
+        codes = self.packed
+        if self.bits in (2, 4):
+            shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)
+            codes = (codes[:, None] >> shifts).bitwise_and_(2**self.bits - 1)  # (bytes, codes a byte)
+        return codes.reshape(-1)[: math.prod(self.shape)].view(self.shape)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, shape ``shape``, in ``dtype`` (default: the original one)."""
-        symmetric = self.zero_point is None
-        count = math.prod(self.shape)
-        if self.bits in (2, 4):
-            shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=self.packed.device)
-            codes = (self.packed[:, None] >> shifts) & (2**self.bits - 1)  # (bytes, codes a byte)
-        else:
-            codes = self.packed
-        codes = codes.reshape(-1)[:count].to(torch.int16).view(self.shape)
-        zero = torch.zeros_like(self.scale, dtype=torch.int32) if self.zero_point is None else self.zero_point
-        if symmetric:
-            codes = codes - 2 ** (self.bits - 1)
-        params = AffineParams(self.scale, zero, self.bits, self.block_size, symmetric)
-        return dequantize_affine(codes, params).to(dtype or self.dtype)
+        middle = torch.full_like(self.scale, 2 ** (self.bits - 1))  # what a symmetric 0 is stored as
+        zero = middle if self.zero_point is None else self.zero_point
+        params = AffineParams(self.scale, zero, self.bits, self.block_size, False)
+        return dequantize_affine(self._unpack(), params).to(dtype or self.dtype)
+
+    @functools.cached_property
+    def _kernel(self) -> Callable[[Tensor], Tensor] | None:
+        """PyTorch's fused bf16 kernel for this weight on a CPU, with operands in its own layout; None: there is none."""
+        if len(self.shape) != 2 or self.packed.device.type != "cpu" or self.block_size[0] != 1:
+            return None
+        (n_out, n_in), block, scale = self.shape, self.block_size[1], self.scale.bfloat16()
+        if self.bits == 8 and self.zero_point is None and block == n_in and n_in % 16 == 0:
+            codes, scale = (self._unpack() ^ 128).view(torch.int8), scale.view(-1)  # minus 128
+            return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scale)
+        if self.bits != 4 or block not in (32, 64, 128, 256) or n_in % block or n_out % 16:
+            return None
+        zero = 0 if self.zero_point is None else 8 - self.zero_point.to(torch.int16)
+        pairs = torch.stack([scale, scale * zero], -1).transpose(0, 1).contiguous()  # (blocks, out, 2)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self._unpack().int(), 1)
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, block, pairs)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x @ dequantize().T`` without gradient, ``(…, in)`` → ``(…, out)``.
+
+        On a CPU in bf16, 4 bits in blocks of 32 to 256 and 8 symmetric bits a row have a kernel that decodes
+        in registers. It keeps a copy of the codes in its own layout, and its scales are rounded to bf16.
+        """
+        kernel = self._kernel if x.dtype == torch.bfloat16 and x.numel() else None
+        if kernel is None:
+            return torch.nn.functional.linear(x, self.dequantize(x.dtype))
+        rows = x.reshape(-1, self.shape[1]).clone(memory_format=torch.contiguous_format)  # aligned anew
+        return kernel(rows).view(*x.shape[:-1], self.shape[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_kernel"}  # its layout differs by machine
 
     @property
     def nbytes(self) -> int:
         """Bytes stored: codes, scales and zero points."""
-        zero = 0 if self.zero_point is None else self.zero_point.nbytes
-        return self.packed.nbytes + self.scale.nbytes + zero
+        return sum(t.nbytes for t in (self.packed, self.scale, self.zero_point) if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -239,9 +266,8 @@ class AffineGrid:
 
     Examples
     --------
-    >>> grid = AffineGrid(bits=8, block_size=(1, -1), symmetric=True)
     >>> w = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
-    >>> bool((grid.fit(w).round(w) - w).abs().max() < 0.01)
+    >>> bool((AffineGrid(bits=8, block_size=(1, -1)).round(w) - w).abs().max() < 0.01)
     True
     """
 
@@ -252,8 +278,7 @@ class AffineGrid:
 
     def fit(self, weight: Tensor) -> AffineGrid:
         """A grid whose scales fit ``weight``."""
-        params = choose_qparams(weight, self.bits, self.block_size, self.symmetric)
-        return AffineGrid(self.bits, self.block_size, self.symmetric, params)
+        return replace(self, params=choose_qparams(weight, self.bits, self.block_size, self.symmetric))
 
     def round(self, weight: Tensor) -> Tensor:
         """``weight`` moved to the nearest grid points, same shape and dtype."""
@@ -263,17 +288,12 @@ class AffineGrid:
     def encode(self, weight: Tensor) -> AffineTensor:
         """``weight`` as packed codes."""
         params = self.params or choose_qparams(weight, self.bits, self.block_size, self.symmetric)
-        codes = quantize_affine(weight, params).to(torch.int16)
-        if self.symmetric:
-            codes = codes + 2 ** (self.bits - 1)
-        flat = codes.to(torch.uint8).reshape(-1)
+        first = 2 ** (self.bits - 1) if self.symmetric else 0
+        flat = (quantize_affine(weight, params).to(torch.int16) + first).to(torch.uint8).reshape(-1)
         if self.bits in (2, 4):
             per_byte = 8 // self.bits
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
-            parts = [flat[:, i] << (i * self.bits) for i in range(per_byte)]
-            flat = parts[0]
-            for part in parts[1:]:
-                flat = flat | part
+            flat = functools.reduce(torch.bitwise_or, (flat[:, i] << i * self.bits for i in range(per_byte)))
         zero = None if self.symmetric else params.zero_point.to(torch.uint8)
         return AffineTensor(
             flat, params.scale, zero, self.bits, params.block_size, tuple(weight.shape), weight.dtype

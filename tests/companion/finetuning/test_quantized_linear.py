@@ -70,3 +70,60 @@ def test_bad_input_is_named():
         QuantizedLinear(quantize_nf4(torch.ones(5)))
     with pytest.raises(ValueError, match="does not fit 4 outputs"):
         QuantizedLinear(quantize_nf4(torch.ones(4, 4)), torch.ones(3))
+
+
+def bf16_layer(kind, shape=(32, 64)):
+    torch.manual_seed(1)
+    return QuantizedLinear(KINDS[kind](torch.randn(shape)), compute_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_path_gives_the_same_result(kind):
+    layer = bf16_layer(kind)
+    x = torch.randn(2, 3, 64)
+    decode = layer(x)
+    training = layer(x.clone().requires_grad_()).detach()
+    layer.fused_rows = 0
+    prefill = layer(x)
+    assert torch.equal(prefill, training)
+    assert ((decode - prefill).norm() / prefill.norm()).item() < 0.01  # two roundings to bf16
+
+
+def test_the_path_follows_rows_and_gradient():
+    layer = bf16_layer("int4")
+    one, many = torch.randn(1, 64), torch.randn(layer.fused_rows + 1, 64)
+    assert layer.fuses(one)
+    assert not layer.fuses(many)
+    assert layer.fuses(many[:-1])
+    assert not layer.fuses(one.requires_grad_())
+    with torch.no_grad():
+        assert layer.fuses(one)
+    assert not bf16_layer("nf4").fuses(one.detach())  # no kernel of its own
+
+
+def test_a_kernel_is_not_used_on_overwritten_codes():
+    layer = bf16_layer("int4")
+    other = QuantizedLinear(KINDS["int4"](torch.randn(32, 64)), compute_dtype=torch.bfloat16)
+    x = torch.randn(1, 64)
+    before = layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_device_gives_the_cpus_result(kind, device):
+    layer = bf16_layer(kind)
+    x = torch.randn(5, 64)
+    want = x.bfloat16().float() @ layer.weight.dequantize(torch.float32).T
+    moved = layer.to(device)
+    assert ((moved(x.to(device)).cpu() - want).norm() / want.norm()).item() < 0.01
+
+
+def test_the_inputs_gradient_is_right_where_a_frozen_layer_comes_first():
+    layer = bf16_layer("int4")
+    adapter = torch.nn.Linear(64, 32, bias=False)
+    x = torch.randn(2, 64)  # needs no gradient: the frozen layer may fuse, the adapter still learns
+    (layer(x) + adapter(x)).sum().backward()
+    assert adapter.weight.grad is not None
