@@ -124,13 +124,13 @@ def pareto(rows: Sequence[Row], cost: str = "bits", damage: str = "kl") -> list[
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    head = "| chapter | method | bits a weight | MB | perplexity | KL in nats (95% interval) | next move | seconds |"
+    """The rows as a Markdown table: bits a weight and MB of the quantized layers, KL in nats."""
+    head = "| chapter | method | bits | MB | perplexity | KL (95% interval) | next move | seconds |"
     lines = [head, "|--:|:--|--:|--:|--:|:--|--:|--:|"]
     for r in rows:
-        kl = "{:.3g} ({:.3g} to {:.3g})".format(r.kl, *r.kl_interval)
-        damage = f"{r.perplexity:,.{2 if r.perplexity < 1000 else 0}f} | {kl}"
-        move = "–" if r.accuracy is None else f"{100 * r.accuracy:.0f}%"
-        cost = f"{r.bits:.3f} | {r.bytes / 1e6:.1f}"
+        kl = "{:.3g} ({:.2g}\N{EN DASH}{:.2g})".format(r.kl, *r.kl_interval)
+        damage = f"{r.perplexity:,.{1 if r.perplexity < 1000 else 0}f} | {kl}"
+        move = "\N{EN DASH}" if r.accuracy is None else f"{100 * r.accuracy:.0f}%"
+        cost = f"{round(r.bits, 3):g} | {r.bytes / 1e6:.1f}"
         lines.append(f"| {r.chapter} | {r.method} | {cost} | {damage} | {move} | {r.seconds:.1f} |")
     return "\n".join(lines)

@@ -14,9 +14,9 @@ from browser import FLAGS, find_browser
 
 WIDTHS = {1280: 900, 390: 844}
 
-# Text a reader sees, outside code, in which TeX was left as it was typed.
+# Text a reader sees, outside code, in which TeX or a table's ruler was left as it was typed.
 RAW_TEX = r"""() => {
-    const raw = /\\[(\[]|\$\$|\\(frac|begin|sum|left|right|mathrm|mathbf|hat|operatorname|lfloor)\b/;
+    const raw = /\|:?[-\u2013\u2014]+:?\||\\[(\[]|\$\$|\\(frac|begin|sum|left|right|mathrm|mathbf|hat|operatorname|lfloor)\b/;
     const skipped = "script, style, code, pre, textarea, mjx-container, .highlight";
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     const found = [];
@@ -131,7 +131,7 @@ def visits(browser, address, pages):
     [
         ("messages", "the console shows errors"),
         ("failed", "requests failed"),
-        ("raw_tex", "TeX is not set"),
+        ("raw_tex", "TeX or a table is not set"),
         ("no_alt", "images have no alt text"),
         ("broken_images", "images do not show"),
     ],

@@ -111,4 +111,4 @@ def test_the_front_holds_what_nothing_beats():
 def test_the_table_is_markdown():
     text = table([Row(6, "NF4", 4.5, 1234.6, 0.1, (0.09, 0.11), 59_700_000, 1.5, 0.4)]).splitlines()
     assert len({line.count("|") for line in text}) == 1
-    assert text[2] == "| 6 | NF4 | 4.500 | 59.7 | 1,235 | 0.1 (0.09 to 0.11) | 40% | 1.5 |"
+    assert text[2] == "| 6 | NF4 | 4.5 | 59.7 | 1,235 | 0.1 (0.09–0.11) | 40% | 1.5 |"
