@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune_companion.evaluation.divergence import block_bootstrap, compare
@@ -38,7 +39,6 @@ def test_kl_and_loss_agree_with_torch_and_transformers(pair, window):
 
 
 def test_single_draws_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
     x = torch.empty(500).exponential_(generator=torch.Generator().manual_seed(3)).double()
     theirs = stats.bootstrap((x.numpy(),), lambda v, axis: v.mean(axis=axis), n_resamples=4000, method="percentile",
                              rng=0).confidence_interval  # fmt: skip

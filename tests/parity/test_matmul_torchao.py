@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from torchao.prototype.quantization.int4 import int4_opaque_tensor as torchao
 
 from qtune_companion.quantization.affine import AffineGrid
-
-torchao = pytest.importorskip("torchao.prototype.quantization.int4.int4_opaque_tensor")
 
 
 @pytest.mark.parametrize(
