@@ -17,6 +17,7 @@ _NAMES = {
         "AffineGrid", "AffineParams", "AffineTensor", "choose_qparams", "dequantize_affine", "fake_quantize",
         "quantize_affine",
     ],
+    "quantization.awq": ["awq_clip", "awq_scales"],
     "quantization.calibration": ["collect_absmax", "collect_hessians", "collect_inputs"],
     "quantization.codebook": [
         "FP4", "NF4", "CodebookGrid", "CodebookTensor", "DoubleQuantized", "NF4Tensor", "dynamic_map",
@@ -27,6 +28,9 @@ _NAMES = {
         "MXFP8_E5M2", "NVFP4", "TERNARY", "TF32", "BlockFormat", "BlockTensor", "FloatFormat", "IntFormat",
     ],
     "quantization.gguf_blocks": ["GGUF_BLOCKS", "GGUFTensor", "dequantize_gguf"],
+    "quantization.gptq": ["gptq"],
+    "quantization.hqq": ["HQQTensor", "hqq"],
+    "quantization.kv_cache": ["QuantizedCache", "decode_blocks", "encode_blocks"],
     "quantization.packing": ["pack_bits", "unpack_bits"],
     "quantization.ranges": ["choose_range"],
     "quantization.rotation": ["HadamardTransform", "hadamard", "rotate_"],
