@@ -207,7 +207,7 @@ def write_atomically(nb: NotebookNode, target: Path) -> None:
 
 def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> NotebookNode:
     """Execute one chapter and store its notebook; on failure raise `ChapterError` and leave the old one."""
-    nb = read_source(source)
+    made_from, nb = fingerprint(source, book), read_source(source)  # what is edited meanwhile does not count
     with tqdm(total=len(nb.cells), desc=source.stem, unit="cell", disable=None) as bar:
         runner = Runner(nb, source.parent, timeout, bar)
         try:
@@ -220,7 +220,7 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
     measured_output(nb, seconds, peak_mb)
     nb.metadata["language_info"] = {"name": "python"}
     nb.metadata["qtune"] = {
-        "source_sha256": fingerprint(source, book),
+        "source_sha256": made_from,
         "seconds": round(seconds, 1),
         "peak_mb": round(peak_mb),
     }

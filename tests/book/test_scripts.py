@@ -63,6 +63,14 @@ def test_changed_source_is_noticed(tmp_path):
     assert not notebooks.is_current(source, tmp_path)
 
 
+def test_a_source_edited_during_its_run_is_out_of_date(tmp_path):
+    edit = "from pathlib import Path\np = Path('07_small.md')\np.write_text(p.read_text('utf-8') + 'more', 'utf-8')"
+    source = chapter(tmp_path, "07_small.md", edit)
+    notebooks.execute_chapter(source, book=tmp_path)
+    assert "more" in source.read_text("utf-8")
+    assert not notebooks.is_current(source, tmp_path)
+
+
 def test_changed_prose_keeps_the_outputs_and_changed_code_does_not(tmp_path):
     source = chapter(tmp_path, "07_small.md", "print(42)")
     executed = notebooks.execute_chapter(source, book=tmp_path)
