@@ -112,3 +112,9 @@ def test_a_block_of_hardly_any_range_becomes_its_mean():
     q = hqq(w, 4, (1, 64))
     assert q.scale.item() == 1
     torch.testing.assert_close(q.dequantize(), w.mean().expand(1, 64), rtol=1e-3, atol=0)
+
+
+def test_a_scale_is_at_least_one_in_twenty_thousand():
+    """As in the library: smaller ones would be coarse in float16."""
+    q = hqq(torch.linspace(0.2, 0.205, 64).view(1, 64), 8, (1, 64))  # a 255th of the range would be 2e-5
+    assert q.scale.item() == pytest.approx(5e-5, rel=1e-2)
