@@ -21,6 +21,9 @@ from torch import Tensor
 __all__ = ["Divergence", "block_bootstrap", "compare", "kl_divergence", "log_probs"]
 
 
+_ROWS = 16  # predictions compared at once
+
+
 @dataclass(frozen=True)
 class Divergence:
     """What :func:`compare` found, one entry a prediction: (predictions,), float32 in nats, or bool."""
@@ -47,7 +50,7 @@ class Divergence:
 
 
 def _windows(model: Any, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities (predictions, vocabulary) and the tokens that came (predictions,), window by window."""
+    """Logits (predictions, vocabulary) and the tokens that came (predictions,), window by window."""
     ids, done = tokens.reshape(-1), 0  # done: the last token that was predicted
     if ids.numel() < 2:
         raise ValueError(f"a prediction needs at least 2 tokens, got {ids.numel()}")
@@ -64,7 +67,7 @@ def _windows(model: Any, tokens: Tensor, window: int, stride: int) -> Iterator[t
             logits = model(input_ids=piece[None]).logits[0, known:-1].float()
             if logits.amax().isnan():
                 raise ValueError("the model's logits hold NaN: a weight, a scale or an input overflowed")
-            yield logits.log_softmax(-1), piece[known + 1 :]
+            yield logits, piece[known + 1 :]
             done = start + piece.numel() - 1
     finally:
         model.train(was_training)
@@ -94,7 +97,7 @@ def log_probs(model: Any, tokens: Tensor, window: int = 512, stride: int = 512) 
     ValueError
         On fewer than two tokens, a bad window or stride, or logits that are NaN.
     """
-    return torch.cat([found for found, _ in _windows(model, tokens, window, stride)])
+    return torch.cat([logits.log_softmax(-1) for logits, _ in _windows(model, tokens, window, stride)])
 
 
 @torch.no_grad()
@@ -107,16 +110,20 @@ def compare(reference: Any, model: Any, tokens: Tensor, window: int = 512, strid
     expected = reference if isinstance(reference, Tensor) else log_probs(reference, tokens, window, stride)
     columns: list[list[Tensor]] = [[], [], [], []]
     at = 0
-    for found, came in _windows(model, tokens, window, stride):
-        p = expected[at : at + len(found)].to(found.device)
-        at += len(found)
-        if p.shape != found.shape:
+    for logits, came in _windows(model, tokens, window, stride):
+        fits = logits.shape[1:] == expected.shape[1:] and at + len(logits) <= len(expected)
+        if not fits:
             break
-        kl = torch.where(p > -math.inf, p.exp() * (p - found), 0).sum(-1)  # 0 log 0 = 0
-        losses = [-x.gather(1, came[:, None])[:, 0] for x in (found, p)]
-        for column, values in zip(columns, (kl, *losses, p.argmax(-1) == found.argmax(-1)), strict=True):
-            column.append(values.cpu())
-    if at != len(expected) or p.shape != found.shape:
+        for rows, tokens_of in zip(
+            logits.split(_ROWS), came.split(_ROWS), strict=True
+        ):  # few at once: they stay in cache
+            p, found = expected[at : at + len(rows)].to(rows.device), rows.log_softmax(-1)
+            at += len(rows)
+            kl = torch.where(p > -math.inf, p.exp() * (p - found), 0).sum(-1)  # 0 log 0 = 0
+            losses = [-x.gather(1, tokens_of[:, None])[:, 0] for x in (found, p)]
+            for column, values in zip(columns, (kl, *losses, p.argmax(-1) == found.argmax(-1)), strict=True):
+                column.append(values.cpu())
+    if not fits or at != len(expected):
         raise ValueError(
             f"the reference's {tuple(expected.shape)} (predictions, vocabulary) do not fit the model's: use the same "
             f"tokens, window, stride and vocabulary"

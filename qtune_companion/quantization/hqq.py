@@ -36,9 +36,15 @@ class HQQTensor:
     @property
     def codes(self) -> Tensor:
         """Codes 0 … 2**bits - 1, uint8, in the weight's shape."""
-        eight, few = (torch.arange(n, dtype=torch.uint8, device=self.packed.device) for n in (8, self.bits))
-        single = (self.packed[:, None] >> eight & 1).flatten()[: math.prod(self.shape) * self.bits]
-        return (single.view(-1, self.bits) << few).sum(1, dtype=torch.uint8).view(self.shape)
+        count = math.prod(self.shape)
+        codes = self.packed.new_empty(-(-count // 8), 8)
+        padded = torch.nn.functional.pad(self.packed, (0, self.bits * len(codes) - len(self.packed)))
+        word = torch.zeros(len(codes), dtype=torch.int64, device=self.packed.device)
+        for i, byte in enumerate(padded.view(-1, self.bits).unbind(1)):
+            word |= byte.long() << 8 * i
+        for i in range(8):
+            codes[:, i] = word >> self.bits * i & 2**self.bits - 1
+        return codes.flatten()[:count].view(self.shape)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, shape ``shape``, in ``dtype`` (default: the original one)."""
@@ -57,11 +63,15 @@ class HQQTensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Any number of bits: written as single bits, then eight of them a byte."""
-    few, eight = (torch.arange(n, dtype=torch.uint8, device=codes.device) for n in (bits, 8))
-    single = (codes.flatten()[:, None] >> few & 1).flatten()
-    single = torch.nn.functional.pad(single, (0, -single.numel() % 8)).view(-1, 8)
-    return (single << eight).sum(1, dtype=torch.uint8)
+    """Eight codes of ``bits`` bits at a time make ``bits`` bytes; bytes that hold padding alone are cut off."""
+    eights = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % 8)).view(-1, 8)
+    word = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
+    for i, code in enumerate(eights.unbind(1)):
+        word |= code.long() << bits * i
+    packed = codes.new_empty(len(eights), bits)
+    for i in range(bits):
+        packed[:, i] = word >> 8 * i & 255
+    return packed.flatten()[: -(-codes.numel() * bits // 8)]
 
 
 @torch.no_grad()
@@ -119,19 +129,19 @@ def hqq(
     w, top = weight.float().reshape(-1, size), 2**bits - 1  # (blocks, block)
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     inverse = torch.where(high - low <= 1e-4, 1.0, top / (high - low)).clamp(max=2e4)  # of the scale
-    zero, least = -low * inverse, math.inf
+    scale, zero, least = 1 / inverse, -low * inverse, math.inf
     for _ in range(iters):
-        codes = torch.round(w * inverse + zero).clamp_(0, top)
-        error = w - (codes - zero) / inverse
+        codes = torch.addcmul(zero, w, inverse).round_().clamp_(0, top)
+        error = torch.addcmul(w, codes - zero, scale, value=-1)
         magnitude, target = error.abs(), w
         if magnitude.max() ** (2 - p) > 1 / beta:  # else shrinking leaves nothing, and need not be computed
             target = w - (magnitude - 1 / beta * magnitude ** (p - 1)).clamp_(min=0) * error.sign()
-        zero = (codes - target * inverse).mean(1, keepdim=True)
+        zero = torch.addcmul(codes, target, inverse, value=-1).mean(1, keepdim=True)
         if (mean := magnitude.mean().item()) >= least:
             break
         least = mean
-    codes = torch.round(w * inverse + zero).clamp_(0, top).to(torch.uint8)
-    scale, zero = (1 / inverse).half(), zero.half()
+    codes = torch.addcmul(zero, w, inverse).round_().clamp_(0, top).to(torch.uint8)
+    scale, zero = scale.half(), zero.half()
     if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
         raise ValueError(
             "a block is too large, or too far from 0 for its spread, for a scale and zero in float16"
