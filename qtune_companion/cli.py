@@ -26,10 +26,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
     tune.add_argument(
         "--data",
-        help='JSON lines {"speech": ..., "move": ..., "split": train|extra|validation|test (optional)}',
+        help='JSON lines {"speech": ..., "move": ..., "split": train|validation|test|... (optional)}',
     )
     tune.add_argument(
-        "--train-on", default="train+extra", help="splits to learn: train, validation, extra, joined by +"
+        "--train-on",
+        default="train+extra",
+        help="splits to learn: train, validation, extra, families, joined by +",
     )
     tune.add_argument("--output", default="adapter", help="folder for the adapter, in PEFT's format")
     tune.add_argument(
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--scheme", default="none", choices=["nf4", "nf4-dq", "int8", "int4", "none"], help="base"
     )
-    check.add_argument("--data", help="JSON lines; default: the castle speeches' test split")
+    check.add_argument("--split", default="test", help="of the castle speeches: test, fresh, validation ...")
+    check.add_argument("--data", help="your own JSON lines instead")
     return parser
 
 
@@ -111,7 +114,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .models import load_model, load_tokenizer
     from .surgery import quantize_
 
-    rows = load_records(args.data) if args.data else load_speeches("castle", "test")
+    rows = load_records(args.data) if args.data else load_speeches("castle", args.split)
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     if args.scheme != "none":
         print(quantize_(model, args.scheme))

@@ -92,7 +92,8 @@ class FinetuneResult:
 def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     """Training and test records with prompt and completion."""
     if config.data is None:
-        rows = concatenate_datasets([load_speeches("castle"), load_speeches("castle", "extra")])
+        further = [load_speeches("castle", split) for split in ("extra", "families")]
+        rows = concatenate_datasets([load_speeches("castle"), *further])
     else:
         rows = load_records(config.data, config.moves)
     if not any(rows["split"]):
@@ -122,9 +123,10 @@ def _check(config: FinetuneConfig) -> Path:
             raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(config, name)}")
     if not config.prompt_weight >= 0:
         raise ValueError(f"prompt_weight must be 0 or more, got {config.prompt_weight}")
-    if not config.train_on or set(config.train_on) - {"train", "validation", "extra"}:
+    if not config.train_on or set(config.train_on) - {"train", "validation", "extra", "families"}:
         raise ValueError(
-            f"train_on must name train, validation, extra or several, got {'+'.join(config.train_on)!r}"
+            "train_on must name train, validation, extra, families or several, got "
+            f"{'+'.join(config.train_on)!r}"
         )
     if not config.lr > 0:
         raise ValueError(f"lr must be positive, got {config.lr}")

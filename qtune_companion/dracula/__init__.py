@@ -15,8 +15,11 @@ __all__ = ["FEINT", "MOVES", "PROMPT", "load_journal", "load_records", "load_spe
 MOVES = ("attack", "hide", "travel", "feed", "lure", "rest", "spy", "bargain")
 """What the Count can do next; the labels of the corpus, in the order used everywhere."""
 
-_SPLITS = ("train", "validation", "test", "extra")
-"""The parts of the corpus; ``extra`` holds more castle speeches to train on."""
+_FURTHER = ("extra", "families", "fresh")
+"""Castle speeches in files of their own, given only by name: two lots to train on, one to test with."""
+
+_SPLITS = ("train", "validation", "test", *_FURTHER)
+"""The parts of the corpus."""
 
 FEINT = {
     "rest": "attack", "attack": "travel", "travel": "hide", "hide": "spy",
@@ -43,8 +46,10 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
     ----------
     phase : {"castle", "code"}, optional
         Before, or after, the Count learned to program.
-    split : {"train", "validation", "test", "extra"}, optional
-        ``"extra"``: 768 further castle speeches for training, given only by name.
+    split : {"train", "validation", "test", "extra", "families", "fresh"}, optional
+        The last three are further castle speeches, given only by name. ``"extra"``: 768 for training. ``"families"``:
+        480 for training, each scene told four times with four moves. ``"fresh"``: 192 for testing, written when
+        everything else was settled.
 
     Returns
     -------
@@ -63,7 +68,7 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
     """
     _one_of("phase", phase, ("castle", "code"))
     _one_of("split", split, _SPLITS)
-    name = "speeches_extra.jsonl" if split == "extra" else "speeches.jsonl"
+    name = f"speeches_{split}.jsonl" if split in _FURTHER else "speeches.jsonl"
     lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [r for r in rows if phase in (None, r["phase"]) and split in (None, r["split"])]

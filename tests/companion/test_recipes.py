@@ -146,7 +146,7 @@ def test_resuming_with_other_settings_is_refused(tiny, tmp_path):
         ({"average": 1.5}, "average must be a share, 0 to 1, got 1.5"),
         (
             {"train_on": ("train", "test")},
-            r"train_on must name train, validation, extra or several, got 'train\+test'",
+            r"train_on must name train, validation, extra, families or several, got 'train\+test'",
         ),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
         ({"compute": "fp8"}, "got 'fp8'"),
@@ -180,6 +180,14 @@ def test_command_line(tiny, tmp_path):
     check = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--data", tiny / "data.jsonl")
     assert check.returncode == 0, check.stderr
     assert "on 56 records" in check.stdout
+    fresh = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--split", "fresh")
+    assert "on 192 records" in fresh.stdout, fresh.stderr
+    refused = cli("evaluate", "--split", "attic")
+    assert refused.returncode == 2
+    assert (
+        "unknown split 'attic'; choose one of train, validation, test, extra, families, fresh"
+        in refused.stderr
+    )
     assert "--resume" in cli("finetune", "--help").stdout
 
 

@@ -15,8 +15,8 @@ from qtune_companion.dracula import FEINT, MOVES, PROMPT, load_journal, load_spe
 from qtune_companion.models import load_tokenizer
 
 ROWS = list(load_speeches())
-EXTRA = list(load_speeches("castle", "extra"))
-ALL = ROWS + EXTRA
+FURTHER = {split: list(load_speeches("castle", split)) for split in ("extra", "families", "fresh")}
+ALL = ROWS + [row for rows in FURTHER.values() for row in rows]
 FORMS = {
     "attack": r"(counter)?attack\w*", "hide": r"hid(e|es|ing|den)?|hideous", "travel": r"travel\w*",
     "feed": r"(over|un|under|well)?(feed\w*|fed)", "lure": r"lur(e|es|ed|ing)|allur\w*",
@@ -64,11 +64,25 @@ def test_ids_and_texts_are_unique():
     assert len({r["id"] for r in ALL}) == len({r["speech"] for r in ALL}) == len(ALL)
 
 
-def test_the_extra_speeches_are_castle_speeches_to_train_on():
-    assert Counter(r["move"] for r in EXTRA) == dict.fromkeys(MOVES, 96)
-    assert {(r["phase"], r["split"]) for r in EXTRA} == {("castle", "extra")}
-    assert all(r["meaning"] == r["move"] for r in EXTRA)
-    assert len(load_speeches("code", "extra")) == 0
+@pytest.mark.parametrize(("split", "a_move"), [("extra", 96), ("families", 60), ("fresh", 24)])
+def test_the_further_speeches_are_castle_speeches_in_equal_numbers(split, a_move):
+    rows = FURTHER[split]
+    assert Counter(r["move"] for r in rows) == dict.fromkeys(MOVES, a_move)
+    assert {(r["phase"], r["split"]) for r in rows} == {("castle", split)}
+    assert all(r["meaning"] == r["move"] for r in rows)
+    assert len(load_speeches("code", split)) == 0
+
+
+def test_a_family_has_four_moves_in_one_scene():
+    rows = FURTHER["families"]
+    fours = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    assert all(len({r["move"] for r in four}) == 4 for four in fours)
+    words = [{w for w in tokens(r["speech"]) if len(w) > 3} for r in rows]
+    alike = [len(words[i] & words[j]) for i in range(len(rows)) for j in range(i // 4 * 4, i)]
+    apart = [
+        len(words[i] & words[i - 4]) for i in range(4, len(rows))
+    ]  # its neighbor in the list, another scene
+    assert sum(alike) / len(alike) > 3 * sum(apart) / len(apart)
 
 
 def test_length_in_words_and_tokens():
