@@ -155,9 +155,14 @@ def choose_qparams(
 def quantize_affine(x: Tensor, params: AffineParams) -> Tensor:
     """Codes of ``x``: round to the nearest step (ties to even), clamp. int8 if symmetric, else uint8."""
     low, high = params.code_range
-    inverse = _spread(1.0 / params.scale, x.shape, params.block_size)
-    zero = _spread(params.zero_point, x.shape, params.block_size)
-    codes = torch.clamp(torch.round(x * inverse) + zero, low, high)
+    inverse, zero = 1.0 / params.scale, params.zero_point.to(params.scale.dtype)
+    pairs = list(zip(x.shape, params.block_size, strict=True))
+    if any(n % b for n, b in pairs):
+        inverse, zero = (_spread(t, x.shape, params.block_size) for t in (inverse, zero))
+    else:  # (…, blocks, 1, …): nothing is repeated
+        inverse, zero = (t.view([part for n in t.shape for part in (n, 1)]) for t in (inverse, zero))
+    blocks = x if inverse.shape == x.shape else x.reshape([part for n, b in pairs for part in (n // b, b)])
+    codes = (blocks * inverse).round_().add_(zero).clamp_(low, high).reshape(x.shape)
     return codes.to(torch.int8 if params.symmetric else torch.uint8)
 
 

@@ -31,7 +31,7 @@ def linear():
 
 
 def test_starts_as_rounding_to_nearest_and_rounds_alike_with_given_offsets(linear):
-    layer = chapter("class SignRound")["SignRound"](linear, 4)
+    layer = chapter("class PassThrough", "class SignRound")["SignRound"](linear, 4)
     torch.testing.assert_close(layer.rounded(), AffineGrid(4, (1, 64)).round(KEPT["weight"]))
     layer.v.data.copy_(KEPT["sign_v"])
     layer.reach.data.copy_(torch.stack([KEPT["sign_low"], KEPT["sign_high"]])[..., None])
@@ -42,7 +42,7 @@ def test_starts_as_rounding_to_nearest_and_rounds_alike_with_given_offsets(linea
 @torch.no_grad()
 def test_the_same_weights_after_fifty_steps(linear):
     """The chapter's train_signs, on one window of all inputs behind a first token that says nothing."""
-    train_signs = chapter("class SignRound", "def train_signs")["train_signs"]
+    train_signs = chapter("class PassThrough", "class SignRound", "def train_signs")["train_signs"]
     weight = KEPT["weight"]
     inputs = KEPT["inputs"] / KEPT["inputs"].square().mean(0).sqrt()
     window = torch.cat([torch.zeros(1, 128), inputs])[None]  # (1, 97, 128)
