@@ -1,5 +1,7 @@
 """scripts/notebooks.py executes what changed, stores it clean, and loses nothing when a cell fails."""
 
+import json
+
 import jupyterquiz
 import nbformat
 import pytest
@@ -132,6 +134,16 @@ add_row(7, "toy", bits=4.5, perplexity=20.0, kl=0.1, kl_interval=(0.1, 0.1), byt
     assert '"toy"' in board.with_suffix(".json").read_text(encoding="utf-8")
     assert notebooks.is_current(source, tmp_path)
     assert not notebooks.is_current(board, tmp_path)
+    other = chapter(tmp_path, "08_large.md", add.replace("7, ", "8, "))
+    notebooks.execute_chapter(other, book=tmp_path)
+    source = chapter(tmp_path, "07_small.md", add.replace("toy", "wheel"))
+    notebooks.execute_chapter(source, book=tmp_path)  # a method that was renamed leaves no row behind
+    rows = json.loads(board.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [(row["chapter"], row["method"]) for row in rows] == [(7, "wheel"), (8, "toy")]
+    source = chapter(tmp_path, "07_small.md", add.replace("toy", "horse") + "\n1 / 0")
+    with pytest.raises(notebooks.ChapterError):
+        notebooks.execute_chapter(source, book=tmp_path)
+    assert json.loads(board.with_suffix(".json").read_text(encoding="utf-8")) == rows  # nothing lost
 
 
 def test_source_that_is_no_notebook_is_refused(tmp_path):
