@@ -97,6 +97,15 @@ def _spread(per_block: Tensor, shape: torch.Size, block: tuple[int, ...]) -> Ten
     return per_block
 
 
+def _aligned(x: Tensor, block: tuple[int, ...], *per_block: Tensor) -> tuple[Tensor, ...]:
+    """``x`` and the values of its blocks, to broadcast: (…, blocks, block, …) and (…, blocks, 1, …) where that works."""
+    pairs = list(zip(x.shape, block, strict=True))
+    if any(n % b for n, b in pairs):
+        return x, *(_spread(t, x.shape, block) for t in per_block)
+    values = (t.reshape([part for n in t.shape for part in (n, 1)]) for t in per_block)
+    return x.reshape([part for n, b in pairs for part in (n // b, b)]), *values
+
+
 def choose_qparams(
     x: Tensor, bits: int, block_size: tuple[int, ...], symmetric: bool = False
 ) -> AffineParams:
@@ -155,27 +164,15 @@ def choose_qparams(
 def quantize_affine(x: Tensor, params: AffineParams) -> Tensor:
     """Codes of ``x``: round to the nearest step (ties to even), clamp. int8 if symmetric, else uint8."""
     low, high = params.code_range
-    inverse, zero = 1.0 / params.scale, params.zero_point.to(params.scale.dtype)
-    pairs = list(zip(x.shape, params.block_size, strict=True))
-    if any(n % b for n, b in pairs):
-        inverse, zero = (_spread(t, x.shape, params.block_size) for t in (inverse, zero))
-    else:  # (…, blocks, 1, …): nothing is repeated
-        inverse, zero = (t.view([part for n in t.shape for part in (n, 1)]) for t in (inverse, zero))
-    blocks = x if inverse.shape == x.shape else x.reshape([part for n, b in pairs for part in (n // b, b)])
+    blocks, inverse, zero = _aligned(x, params.block_size, 1.0 / params.scale, params.zero_point)
     codes = (blocks * inverse).round_().add_(zero).clamp_(low, high).reshape(x.shape)
     return codes.to(torch.int8 if params.symmetric else torch.uint8)
 
 
 def dequantize_affine(codes: Tensor, params: AffineParams) -> Tensor:
     """``scale * (codes - zero_point)``, in the scale's dtype and the codes' shape."""
-    scale, zero = params.scale, params.zero_point.to(params.scale.dtype)
-    pairs = list(zip(codes.shape, params.block_size, strict=True))
-    if any(n % b for n, b in pairs):
-        zero = _spread(zero, codes.shape, params.block_size)
-        return (codes.to(scale.dtype) - zero) * _spread(scale, codes.shape, params.block_size)
-    one_each = [part for n in scale.shape for part in (n, 1)]  # (…, blocks, 1, …): nothing is repeated
-    values = codes.reshape([part for n, b in pairs for part in (n // b, b)]).to(scale.dtype)
-    return (values.sub_(zero.view(one_each)) * scale.view(one_each)).view(codes.shape)
+    blocks, scale, zero = _aligned(codes, params.block_size, params.scale, params.zero_point)
+    return (blocks.to(scale.dtype, copy=True).sub_(zero) * scale).reshape(codes.shape)
 
 
 def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
@@ -183,12 +180,10 @@ def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
 
     The straight-through estimator of Bengio et al. 2013 (arXiv:1308.3432).
     """
-    low, high = params.code_range
     x_hat = dequantize_affine(quantize_affine(x.detach(), params), params)
-    inverse = _spread(1.0 / params.scale, x.shape, params.block_size)
-    zero = _spread(params.zero_point, x.shape, params.block_size)
-    steps = torch.round(x.detach() * inverse) + zero
-    inside = (steps >= low) & (steps <= high)
+    blocks, inverse, zero = _aligned(x.detach(), params.block_size, 1.0 / params.scale, params.zero_point)
+    steps = torch.round(blocks * inverse) + zero
+    inside = (steps == steps.clamp(*params.code_range)).reshape(x.shape)
     return x_hat + (x - x.detach()) * inside
 
 
