@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["Divergence", "block_bootstrap", "compare", "kl_divergence", "log_probs"]
 
 
-_ROWS = 16  # predictions compared at once
+_ROWS = 16  # predictions compared at once, few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,11 @@ def compare(reference: Any, model: Any, tokens: Tensor, window: int = 512, strid
         fits = logits.shape[1:] == expected.shape[1:] and at + len(logits) <= len(expected)
         if not fits:
             break
-        for rows, tokens_of in zip(
-            logits.split(_ROWS), came.split(_ROWS), strict=True
-        ):  # few at once: they stay in cache
+        for rows, next_tokens in zip(logits.split(_ROWS), came.split(_ROWS), strict=True):
             p, found = expected[at : at + len(rows)].to(rows.device), rows.log_softmax(-1)
             at += len(rows)
             kl = torch.where(p > -math.inf, p.exp() * (p - found), 0).sum(-1)  # 0 log 0 = 0
-            losses = [-x.gather(1, tokens_of[:, None])[:, 0] for x in (found, p)]
+            losses = [-x.gather(1, next_tokens[:, None])[:, 0] for x in (found, p)]
             for column, values in zip(columns, (kl, *losses, p.argmax(-1) == found.argmax(-1)), strict=True):
                 column.append(values.cpu())
     if not fits or at != len(expected):
