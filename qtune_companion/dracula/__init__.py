@@ -48,7 +48,7 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
         Before, or after, the Count learned to program.
     split : {"train", "validation", "test", "extra", "families", "fresh"}, optional
         The last three are further castle speeches, given only by name. ``"extra"``: 768 for training. ``"families"``:
-        480 for training, each scene told four times with four moves. ``"fresh"``: 192 for testing, written when
+        960 for training, each scene told four times with four moves. ``"fresh"``: 192 for testing, written when
         everything else was settled.
 
     Returns

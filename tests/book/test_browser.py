@@ -49,6 +49,11 @@ OVERFLOW = (
     """() => Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - window.innerWidth"""
 )
 
+# A display equation that is wider than its column scrolls, and its number covers its end.
+CRAMPED = """() => [...document.querySelectorAll("div.math")]
+    .filter(math => [math, ...math.querySelectorAll("mjx-container")].some(m => m.scrollWidth > m.clientWidth + 1))
+    .map(math => math.id || math.textContent.slice(0, 80))"""
+
 SEARCH_FIELDS = """() => [
     ...document.querySelectorAll("nav, header, aside, .bd-header, .sidebar-primary-item")
 ].flatMap(area => [...area.querySelectorAll(".search-button-field, .search-button, input[type=search]")])
@@ -66,6 +71,7 @@ class Visit:
     raw_tex: list[str] = field(default_factory=list)
     no_alt: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
+    cramped: list[str] = field(default_factory=list)
     overflow: int = 0
     search_fields: int = 0
 
@@ -120,6 +126,7 @@ def visits(browser, address, pages):
             visit.raw_tex = page.evaluate(RAW_TEX)
             visit.no_alt = page.evaluate(NO_ALT)
             visit.broken_images = page.evaluate(BROKEN_IMAGES)
+            visit.cramped = page.evaluate(CRAMPED)
             visit.overflow = page.evaluate(OVERFLOW)
             visit.search_fields = page.evaluate(SEARCH_FIELDS)
             page.close()
@@ -144,6 +151,11 @@ def test_pages_show_no(visits, what, meaning):
 def test_no_page_is_wider_than_the_window(visits):
     wide = {page: visit.overflow for page, visit in visits.items() if visit.overflow > 1}
     assert not wide, f"pixels beyond the window: {wide}"
+
+
+def test_equations_fit_their_column_on_a_wide_page(visits):
+    wide = {page: visit.cramped for page, visit in visits.items() if visit.width == 1280 and visit.cramped}
+    assert not wide, f"break these equations over two lines: {wide}"
 
 
 def test_there_is_one_search_field(visits):

@@ -11,6 +11,7 @@ from torch import nn
 from qtune_companion.quantization.affine import AffineGrid
 
 CHAPTER = Path(__file__).parents[2] / "book/2_quantizing/08_awq_hqq.md"
+PARTS = ("class PassThrough", "class Rounded", "class SignRound")
 KEPT = load_file(Path(__file__).with_name("fixtures") / "awq_hqq.safetensors")
 
 
@@ -31,7 +32,7 @@ def linear():
 
 
 def test_starts_as_rounding_to_nearest_and_rounds_alike_with_given_offsets(linear):
-    layer = chapter("class PassThrough", "class SignRound")["SignRound"](linear, 4)
+    layer = chapter(*PARTS)["SignRound"](linear, 4)
     torch.testing.assert_close(layer.rounded(), AffineGrid(4, (1, 64)).round(KEPT["weight"]))
     layer.v.data.copy_(KEPT["sign_v"])
     layer.reach.data.copy_(torch.stack([KEPT["sign_low"], KEPT["sign_high"]])[..., None])
@@ -39,10 +40,31 @@ def test_starts_as_rounding_to_nearest_and_rounds_alike_with_given_offsets(linea
     assert same.float().mean() > 0.999  # one more operation in float32 may tip a tie
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_derivatives_written_out_are_those_of_autograd(linear, bits):
+    parts = chapter(*PARTS)
+    layer = parts["SignRound"](linear, bits)
+    with torch.no_grad():
+        layer.v.copy_(torch.rand_like(layer.v) - 0.5)
+        layer.reach.copy_(0.7 + 0.3 * torch.rand_like(layer.reach))  # some weights are clamped
+    straight = parts["PassThrough"].apply
+    low, high = layer.low * layer.reach[0], layer.high * layer.reach[1]
+    delta = (high - low) / layer.top
+    zero = straight(-low / delta)
+    codes = (straight(layer.blocks / delta + layer.v) + zero).clamp(0, layer.top)
+    plain = (delta * (codes - zero)).view_as(layer.weight)
+    assert 0.01 < ((codes == 0) | (codes == layer.top)).float().mean() < 0.9
+    direction = torch.randn_like(plain)
+    ours = torch.autograd.grad(layer.rounded(), [layer.v, layer.reach], direction)
+    theirs = torch.autograd.grad(plain, [layer.v, layer.reach], direction)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_same_weights_after_fifty_steps(linear):
     """The chapter's train_signs, on one window of all inputs behind a first token that says nothing."""
-    train_signs = chapter("class PassThrough", "class SignRound", "def train_signs")["train_signs"]
+    train_signs = chapter(*PARTS, "def train_signs")["train_signs"]
     weight = KEPT["weight"]
     inputs = KEPT["inputs"] / KEPT["inputs"].square().mean(0).sqrt()
     window = torch.cat([torch.zeros(1, 128), inputs])[None]  # (1, 97, 128)
