@@ -12,8 +12,9 @@ PORT ?= 8000
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # glibc hands every large tensor back to the system at once and fetches it again, zeroed, for the next. Let it keep some.
-export MALLOC_MMAP_THRESHOLD_ := 33554432
-export MALLOC_TRIM_THRESHOLD_ := 536870912
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TOP_PAD_ := 67108864
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 help:  ## List what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

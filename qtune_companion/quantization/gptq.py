@@ -1,6 +1,6 @@
 """GPTQ: round a weight's columns one after another; the columns still to come make up for the error.
 
-Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), section 3 and algorithm 1. With H = L L^T, L *upper* triangular,
+Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), algorithm 1. With H = L L^T, L *upper* triangular,
 and U = L^-1, rounding leaves W - W_hat = E U and the layer's error tr((W - W_hat) H (W - W_hat)^T) = |E|^2, where
 column j of E is that column's own rounding error over U[j, j]. Explained in chapter 7.
 
