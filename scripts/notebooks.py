@@ -250,13 +250,13 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
 
 
 def update_prose(source: Path, book: Path = BOOK) -> bool:
-    """Keep the outputs where only the prose has changed, and store the new text; tell whether that was so."""
+    """Keep the outputs where only prose or a caption has changed, and store the new text; tell whether that was so."""
     target = notebook_path(source)
     if source.name.startswith("00_") or not target.is_file():  # the preface shows the others' run times
         return False
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
-    if [(c.source, c.metadata) for c in was] != [(c.source, c.metadata) for c in now]:
+    if [(c.source, c.metadata.get("tags")) for c in was] != [(c.source, c.metadata.get("tags")) for c in now]:
         return False
     for executed, cell in zip(was, now, strict=True):
         cell.outputs, cell.execution_count = executed.outputs, executed.execution_count

@@ -84,6 +84,11 @@ def test_changed_prose_keeps_the_outputs_and_changed_code_does_not(tmp_path):
     assert stored.cells[-1].outputs == executed.cells[-1].outputs
     assert stored.cells[-1].execution_count == 1
     assert stored.metadata.qtune.seconds == executed.metadata.qtune.seconds
+    caption = "---\nmystnb:\n  figure:\n    caption: A number.\n---\nprint(42)"
+    assert notebooks.update_prose(chapter(tmp_path, "07_small.md", caption), tmp_path)
+    stored = nbformat.read(tmp_path / "07_small.ipynb", as_version=4)
+    assert stored.cells[-1].metadata.mystnb.figure.caption == "A number."
+    assert stored.cells[-1].outputs == executed.cells[-1].outputs
     for changed in ("print(43)", ":tags: [hide-input]\n\nprint(42)"):
         chapter(tmp_path, "07_small.md", changed)
         assert not notebooks.update_prose(source, tmp_path)
