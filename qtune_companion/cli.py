@@ -8,12 +8,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 __all__ = ["main"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"qtune: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qtune",
         description="Quantize an LLM, fine-tune it with LoRA, measure it. On a laptop's CPU, or a GPU.",
     )
@@ -136,9 +144,11 @@ def _peak_bytes() -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 2 on bad input."""
+    from .models import available_models
+
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "/" not in args.model or Path(args.model).is_dir():
+    if args.model in available_models() or Path(args.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network unless a hub id is named
     try:
         {"finetune": _finetune, "evaluate": _evaluate}[args.command](args)

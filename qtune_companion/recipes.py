@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import time
@@ -20,7 +21,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
-from .evaluation.next_move import label_ids, next_move_accuracy
+from .evaluation.next_move import context_length, label_ids, next_move_accuracy
 from .finetuning.collators import CompletionCollator, completion_loss
 from .finetuning.lora import add_lora_, save_adapter
 from .finetuning.swiglu import lean_swiglu_
@@ -118,18 +119,24 @@ def _check(config: FinetuneConfig) -> Path:
     for name in ("rank", "epochs", "batch_size", "save_steps", "max_length", "prompt_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("average", "among"):
+    for name in ("average", "among", "warmup"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(config, name)}")
-    if not config.prompt_weight >= 0:
-        raise ValueError(f"prompt_weight must be 0 or more, got {config.prompt_weight}")
+    for name in ("prompt_weight", "weight_decay"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)}")
+    for name in ("lr", "alpha"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be 0 to {2**32 - 1}, got {config.seed}")
     if not config.train_on or set(config.train_on) - {"train", "validation", "extra", "families"}:
         raise ValueError(
             "train_on must name train, validation, extra, families or several, got "
             f"{'+'.join(config.train_on)!r}"
         )
-    if not config.lr > 0:
-        raise ValueError(f"lr must be positive, got {config.lr}")
     if config.compute not in ("auto", "bf16", "fp32"):
         raise ValueError(f"compute must be auto, bf16 or fp32, got {config.compute!r}")
     output = Path(config.output)
@@ -144,6 +151,9 @@ def _check(config: FinetuneConfig) -> Path:
         raise ValueError(f"output {output} is not writable ({error.strerror})") from error
     checkpoint = newest_checkpoint(output / "checkpoints")
     if checkpoint and not config.resume:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if state["global_step"] >= state["max_steps"]:
+            raise ValueError(f"{output} holds a finished run ({checkpoint.name}): name another folder")
         raise ValueError(
             f"{output} holds an unfinished run ({checkpoint.name}): resume it, or name another folder"
         )
@@ -232,7 +242,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     Raises
     ------
     ValueError, FileNotFoundError
-        On bad values, before anything is trained or written over.
+        On bad values, before anything is trained or written over; after a training that ran away to NaN.
     """
     start = time.perf_counter()
     output = _check(config)
@@ -241,14 +251,17 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     model, tokenizer, bits = prepare(config)
     labels = [f" {move}" for move in config.moves]
     bar = _bar if config.progress else None
-    before = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("Before"))
+    room = context_length(model, tokenizer, config.max_length)
+    before = next_move_accuracy(
+        model, tokenizer, test, labels, progress=bar and bar("Before"), max_length=room
+    )
     train = train.add_column("length", [len(ids) for ids in tokenizer(list(train["prompt"])).input_ids])
     steps = config.epochs * -(-len(train) // config.batch_size)
     trainer = AdapterTrainer(
         model=model,
         args=training_arguments(config, output, steps),
         train_dataset=train,
-        data_collator=CompletionCollator(tokenizer, config.max_length, prompt_every=config.prompt_every),
+        data_collator=CompletionCollator(tokenizer, room, prompt_every=config.prompt_every),
         compute_loss_func=functools.partial(
             completion_loss,
             prompt_weight=config.prompt_weight,
@@ -260,8 +273,10 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     )
     checkpoint = newest_checkpoint(output / "checkpoints") if config.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise ValueError(f"the training ran away to NaN or inf; no adapter was saved. Lower lr ({config.lr})")
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    after = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("After"))
+    after = next_move_accuracy(model, tokenizer, test, labels, progress=bar and bar("After"), max_length=room)
     save_adapter(model, output, base_model=config.model, task_type="CAUSAL_LM")
     seconds = time.perf_counter() - start
     return FinetuneResult(output, before, after, losses, model_bytes(model), bits, seconds, model, tokenizer)

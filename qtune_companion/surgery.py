@@ -103,8 +103,8 @@ def quantize_(
     Raises
     ------
     ValueError
-        On an unknown scheme, a model without linear layers, or weights with NaN or infinity (names the
-        layer). Then the model is unchanged.
+        On an unknown scheme, a model without linear layers, weights with NaN or infinity, or a weight that is
+        tied to another layer's (names the layer). Then the model is unchanged.
     """
     if isinstance(scheme, str):
         if scheme not in _SCHEMES:
@@ -126,6 +126,9 @@ def quantize_(
     for name, layer in targets.items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"the weight of {name} holds NaN or infinity: mend it before quantizing")
+        for other, module in model.named_modules():
+            if module is not layer and getattr(module, "weight", None) is layer.weight:
+                raise ValueError(f"the weight of {name} is also {other}'s: skip it, or untie the two first")
     reports, before = [], 0
     for name, layer in targets.items():
         weight = layer.weight.detach()

@@ -9,7 +9,8 @@ last and again after any other, because it shows a table of the run times that t
     nb.metadata.qtune = {"source_sha256": ..., "seconds": ..., "peak_mb": ...}
 
 The same figures can be shown in a chapter's text with {glue:text}`measured-time` and
-{glue:text}`measured-memory`. What differs from run to run for no good reason (progress bars, time stamps,
+{glue:text}`measured-memory`. No chapter asks the network, unless HF_HUB_OFFLINE=0
+lets one fetch a model that you have put in by its hub id. What differs from run to run for no good reason (progress bars, time stamps,
 this machine's paths) is not stored. A notebook is replaced only when every cell of the new one ran.
 """
 
@@ -252,7 +253,8 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
 def update_prose(source: Path, book: Path = BOOK) -> bool:
     """Keep the outputs where only prose or a caption has changed, and store the new text; tell whether that was so."""
     target = notebook_path(source)
-    if source.name.startswith("00_") or not target.is_file():  # the preface shows the others' run times
+    shows_others = source.name.startswith("00_") or source.with_suffix(".json").is_file()  # run times, rows
+    if shows_others or not target.is_file():
         return False
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
@@ -292,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         "--timeout", type=int, default=900, metavar="S", help="seconds a cell may take (default: 900)"
     )
     arguments = parser.parse_args(argv)
-    os.environ.update(OFFLINE)
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
     try:
         sources = selected(arguments.only)
         if arguments.check:

@@ -83,12 +83,14 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
     FileNotFoundError
         When there is no such file.
     ValueError
-        On an empty file, a broken line, a missing field or a move outside ``moves``: names file and line.
+        On an empty file, a broken line, a missing field, a move outside ``moves`` or, where other lines name a
+        split, a line without: names file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
     rows: list[dict[str, Any]] = []
+    without_split = ""  # the first such line
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -107,9 +109,14 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
         split = row.get("split")
         if split is not None and split not in _SPLITS:
             raise ValueError(f"{where}: split {split!r} is not one of {', '.join(_SPLITS)}")
+        without_split = without_split or ("" if split else where)
         rows.append({"speech": row["speech"], "move": row["move"], "split": split})
     if not rows:
         raise ValueError(f"{path} holds no records: one JSON object a line, with speech and move")
+    if without_split and any(row["split"] for row in rows):
+        raise ValueError(
+            f"{without_split}: names no split, and other lines do; give all of them one, or none"
+        )
     return Dataset.from_list(rows)
 
 

@@ -8,6 +8,7 @@ Copy this file: it needs torch and a Hugging Face model and tokenizer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,6 +38,12 @@ def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     return found
 
 
+def context_length(model: Any, tokenizer: Any, wish: int) -> int:
+    """Tokens that fit: at most ``wish``, and no more than the model has positions or the tokenizer allows."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or wish
+    return min(wish, positions, getattr(tokenizer, "model_max_length", None) or wish)
+
+
 @torch.inference_mode()
 def next_move_scores(
     model: Any,
@@ -54,7 +61,7 @@ def next_move_scores(
     model : PreTrainedModel
         Causal, or masked: a tokenizer with a mask token gets the mask and a full stop after the prompt.
     prompts : sequence of str
-        Cut from the left to ``max_length`` tokens.
+        Cut from the left, with a warning, to ``max_length`` tokens or to what the model can read.
     labels : sequence of str
         Completions of one token, such as ``" attack"``.
     progress : callable, optional
@@ -71,6 +78,9 @@ def next_move_scores(
     masked = tokenizer.mask_token_id is not None
     device = next(iter([*model.parameters(), *model.buffers()])).device
     text = [f"{p} {tokenizer.mask_token}." if masked else p for p in prompts]
+    room = context_length(model, tokenizer, max_length)
+    if long := sum(len(ids) > room for ids in tokenizer(text, verbose=False).input_ids):
+        warnings.warn(f"{long} of {len(text)} prompts were cut from the left to {room} tokens", stacklevel=2)
     order = sorted(range(len(text)), key=lambda i: len(text[i]))  # like lengths together: less padding
     batches: Iterable[list[int]] = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     scores = torch.empty(len(text), len(labels))
@@ -85,7 +95,7 @@ def next_move_scores(
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
-                max_length=max_length,
+                max_length=room,
             ).to(device)
             if masked:
                 at = (
@@ -110,6 +120,7 @@ def next_move_accuracy(
     labels: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: Any = None,
+    max_length: int = 512,
 ) -> float:
     """Share of records whose completion outscores every other label.
 
@@ -119,6 +130,8 @@ def next_move_accuracy(
         Records with ``prompt`` and ``completion``.
     labels : sequence of str, optional
         The completions to choose from; default: all that occur in ``dataset``.
+    batch_size, progress, max_length
+        See :func:`next_move_scores`.
 
     Returns
     -------
@@ -136,8 +149,7 @@ def next_move_accuracy(
     labels = sorted({r["completion"] for r in records}) if labels is None else list(labels)
     if strange := {r["completion"] for r in records} - set(labels):
         raise ValueError(f"completions {sorted(strange)} are not among the labels {labels}")
-    scores = next_move_scores(
-        model, tokenizer, [r["prompt"] for r in records], labels, batch_size, progress=progress
-    )
+    prompts = [r["prompt"] for r in records]
+    scores = next_move_scores(model, tokenizer, prompts, labels, batch_size, max_length, progress)
     truth = torch.tensor([labels.index(r["completion"]) for r in records])
     return (scores.argmax(1) == truth).float().mean().item()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ class LoRALinear(nn.Module):
     Parameters
     ----------
     base : nn.Module
-        ``nn.Linear``, or any layer with ``in_features``, ``out_features`` and ``weight`` (dense, or quantized
-        with ``dequantize``). Frozen here.
+        Any layer with ``in_features``, ``out_features`` and ``weight`` (dense or quantized). Frozen here.
     rank : int
         Inner dimension r, at least 1.
     alpha : float
@@ -75,6 +75,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=reference.device, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
+        self.train(base.training)  # in a model that is in eval mode, dropout is off
 
     @property
     def weight(self) -> Any:
@@ -199,12 +200,9 @@ def save_adapter(
     ----------
     model : nn.Module
         Holds LoRA layers, all of one rank and alpha.
-    folder : path
-        Made when missing.
-    base_model : str, optional
-        Name or folder of the base model; default: the model config's.
-    task_type : str, optional
-        PEFT's task, such as ``"CAUSAL_LM"``.
+    folder : path, made when missing
+    base_model, task_type : str, optional
+        Name or folder of the base (default: the model config's), and PEFT's task, such as ``"CAUSAL_LM"``.
 
     Returns
     -------
@@ -250,13 +248,17 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
     """Load an adapter in PEFT's format into ``model``, in place, adding LoRA layers where there are none.
 
     Returns the names of the adapted layers. Raises FileNotFoundError when the folder lacks a file, ValueError
-    when the adapter was made for another model, is broken, or uses what this file does not do (DoRA, …).
+    when the adapter was made for another model, is broken, or is no plain LoRA. Warns when it names another base.
     """
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: not an adapter in PEFT's format")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/adapter_config.json is broken ({error!r})") from error
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if config.get(key):
             raise ValueError(f"adapter {folder} uses {key}={config[key]!r}, which plain LoRA does not have")
@@ -276,22 +278,23 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
             f"adapter {folder} is for another model: {len(missing)} layers are missing here, first {missing[0]!r}"
         )
     for name in names:
-        for key, shape in (
-            ("A", (config["r"], layers[name].in_features)),
-            ("B", (layers[name].out_features, config["r"])),
-        ):
-            got = tuple(tensors[f"{_PREFIX}{name}.lora_{key}.weight"].shape)
+        r = present[name].rank if present else rank
+        for key, shape in (("A", (r, layers[name].in_features)), ("B", (layers[name].out_features, r))):
+            tensor = tensors.get(f"{_PREFIX}{name}.lora_{key}.weight")
+            got = None if tensor is None else tuple(tensor.shape)
             if got != shape:
                 raise ValueError(
-                    f"adapter {folder} is for another model: {name} lora_{key} is {got}, needs {shape}"
+                    f"adapter {folder} is for another model or rank: {name} lora_{key} is {got}, needs {shape}"
                 )
+    made_for = config.get("base_model_name_or_path")
+    here = getattr(getattr(model, "config", None), "name_or_path", None)
+    if made_for and here and made_for != here:
+        warnings.warn(f"adapter {folder} was made for {made_for}, and this model is {here}", stacklevel=2)
     if not present:
-        add_lora_(model, config["r"], config["lora_alpha"], names, config.get("lora_dropout", 0.0))
+        add_lora_(model, rank, alpha, names, config.get("lora_dropout", 0.0))
     for name in names:
-        layer = model.get_submodule(name)
-        layer.scaling = config["lora_alpha"] / (
-            math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-        )
+        layer: Any = model.get_submodule(name)
+        layer.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         for key in "AB":
             getattr(layer, f"lora_{key}").data.copy_(tensors[f"{_PREFIX}{name}.lora_{key}.weight"])
     return names

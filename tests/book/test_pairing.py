@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from notebooks import BOOK, chapters, is_current, notebook_path, read_source, stored_metadata
+from qtune_companion.evaluation.scoreboard import read_rows, table
 from stored_output import PROGRESS_LINE, is_progress
 
 CHAPTERS = chapters()
@@ -96,6 +97,26 @@ def test_run_time_and_memory_keep_the_promise(source):
     measured = stored_metadata(source)
     assert 0 < measured["seconds"] <= 360, "a chapter runs in 6 minutes at most"
     assert 0 < measured["peak_mb"] < 4000, "a chapter needs less than 4 GB"
+
+
+def test_the_scoreboard_keeps_its_promises_and_its_page_shows_it():
+    rows = read_rows(BOOK / "appendix" / "90_scoreboard.json")
+    assert {row.chapter for row in rows} == {6, 7, 8, 9}
+    for row in rows:
+        assert row.seconds <= 90, row
+        assert row.bytes == round(row.bits * 106_168_320 / 8), row
+        assert (row.accuracy is not None) == (4 <= row.bits < 5 or row.bits == 32), row
+    shown = nbformat.read(BOOK / "appendix" / "90_scoreboard.ipynb", as_version=4)
+    assert table(rows) in list(stored_text(shown)), "run `make chapter N=90`"
+
+
+def test_enough_is_asked(source):
+    text = source.read_text(encoding="utf-8")
+    if source.name[0] in "01" and source.name[:2] != "00":
+        exercises = text.count("```{exercise-start}") + text.count("```{exercise}")
+        assert exercises >= 5
+        assert text.count("```{solution-start}") == exercises
+        assert len(re.findall(r"[\"']question[\"']:", text)) >= 4
 
 
 def test_some_output_is_compared(notebook):

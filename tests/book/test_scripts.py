@@ -139,6 +139,7 @@ add_row(7, "toy", bits=4.5, perplexity=20.0, kl=0.1, kl_interval=(0.1, 0.1), byt
     assert '"toy"' in board.with_suffix(".json").read_text(encoding="utf-8")
     assert notebooks.is_current(source, tmp_path)
     assert not notebooks.is_current(board, tmp_path)
+    assert not notebooks.update_prose(board, tmp_path)  # it shows the rows: to be executed again
     other = chapter(tmp_path, "08_large.md", add.replace("7, ", "8, "))
     notebooks.execute_chapter(other, book=tmp_path)
     source = chapter(tmp_path, "07_small.md", add.replace("toy", "wheel"))

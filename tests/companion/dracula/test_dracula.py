@@ -61,6 +61,8 @@ GOOD = json.dumps({"speech": "a", "move": "spy"})
         (b'{"speech": "a"}', "line 1: needs a text field 'move'"),
         (b'{"speech": "a", "move": "fly"}', f"line 1: move 'fly' is not one of {', '.join(MOVES)}"),
         (b'{"speech": "a", "move": "spy", "split": "dev"}', "line 1: split 'dev'"),
+        (b'{"speech": "a", "move": "spy", "split": "test"}\n\n' + GOOD.encode(), "line 3: names no split"),
+        (GOOD.encode() + b'\n{"speech": "a", "move": "spy", "split": "test"}', "line 1: names no split"),
     ],
 )
 def test_bad_records_name_file_and_line(tmp_path, content, words):

@@ -1,8 +1,9 @@
 import json
+import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qtune_companion.finetuning.lora import LoRALinear, add_lora_, load_adapter_, merge_lora_, save_adapter
 from qtune_companion.surgery import quantize_
@@ -58,6 +59,18 @@ def test_save_and_load_round_trip(tiny_llm, tmp_path):
     load_adapter_(fresh, tmp_path / "a")  # again, into the layers that are there
 
 
+def test_dropout_is_off_in_a_model_in_eval_mode(tiny_llm, tmp_path):
+    import copy
+
+    fresh = copy.deepcopy(tiny_llm)
+    trained(tiny_llm, dropout=0.5)
+    assert torch.equal(tiny_llm(IDS).logits, tiny_llm(IDS).logits)
+    save_adapter(tiny_llm, tmp_path)
+    load_adapter_(fresh, tmp_path)
+    assert torch.equal(fresh(IDS).logits, tiny_llm(IDS).logits)
+    assert not torch.equal(fresh.train()(IDS).logits, fresh(IDS).logits)
+
+
 def test_partial_targets_are_named_exactly(tiny_llm, tmp_path):
     names = trained(tiny_llm, targets=["model.layers.0.self_attn.q_proj", "v_proj"])
     assert len(names) == 3
@@ -71,9 +84,38 @@ def test_an_adapter_for_another_model_is_refused(tiny_llm, tmp_path):
     with pytest.raises(ValueError, match=r"another model: 14 layers are missing"):
         load_adapter_(torch.nn.Sequential(torch.nn.Linear(3, 3)), tmp_path)
     other = type(tiny_llm)(type(tiny_llm.config)(**{**tiny_llm.config.to_dict(), "hidden_size": 32}))
-    with pytest.raises(ValueError, match=r"another model: .* needs"):
+    with pytest.raises(ValueError, match=r"another model or rank: .* needs"):
         load_adapter_(other, tmp_path)
     assert not any(isinstance(m, LoRALinear) for m in other.modules())
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_an_adapter_of_another_rank_is_refused(tiny_llm, tmp_path, rank):
+    import copy
+
+    other = copy.deepcopy(tiny_llm)
+    trained(tiny_llm, rank)
+    save_adapter(tiny_llm, tmp_path)
+    add_lora_(other, 4, 8.0)
+    with pytest.raises(
+        ValueError, match=rf"another model or rank: .* lora_A is \({rank}, 96\), needs \(4, 96\)"
+    ):
+        load_adapter_(other, tmp_path)
+
+
+def test_an_adapter_that_fits_but_names_another_base_is_warned_about(tiny_llm, tmp_path):
+    import copy
+
+    tiny_llm.config.name_or_path = "count"
+    fresh, other = copy.deepcopy(tiny_llm), copy.deepcopy(tiny_llm)
+    trained(tiny_llm)
+    save_adapter(tiny_llm, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter_(fresh, tmp_path)
+    other.config.name_or_path = "countess"
+    with pytest.warns(UserWarning, match="was made for count, and this model is countess"):
+        load_adapter_(other, tmp_path)
 
 
 def test_broken_and_foreign_adapters_are_refused(tiny_llm, tmp_path):
@@ -85,7 +127,17 @@ def test_broken_and_foreign_adapters_are_refused(tiny_llm, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         load_adapter_(tiny_llm, tmp_path)
+    for text in ('{"r": 4', json.dumps({k: v for k, v in config.items() if k != "r"})):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json is broken"):
+            load_adapter_(tiny_llm, tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(k for k in tensors if "lora_B" in k)
+    save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"lora_B is None, needs"):
+        load_adapter_(tiny_llm, tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="broken"):

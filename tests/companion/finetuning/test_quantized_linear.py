@@ -78,6 +78,33 @@ def bf16_layer(kind, shape=(32, 64)):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_bf16_gradient_is_a_dense_bf16_layers(kind):
+    layer = bf16_layer(kind)
+    dense = layer.weight.dequantize(torch.bfloat16)
+    ours = torch.randn(5, 64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    along = torch.randn(5, 32)
+    layer(ours).backward(along)
+    torch.nn.functional.linear(theirs.bfloat16(), dense).float().backward(along)
+    assert ours.grad.abs().max() > 0
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer_gives_the_same_result(kind):
+    layer = bf16_layer(kind)
+    layer.fused_rows = 0
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(5, 64)
+    assert torch.equal(compiled(x), layer(x))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for run, given in zip((compiled, layer), inputs, strict=True):
+        run(given).square().sum().backward()
+    assert inputs[0].grad.abs().max() > 0
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_path_gives_the_same_result(kind):
     layer = bf16_layer(kind)
     x = torch.randn(2, 3, 64)

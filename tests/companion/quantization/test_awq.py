@@ -141,7 +141,7 @@ def test_bad_input_is_named():
             awq_scales(weight, inputs, GRID)
     with pytest.raises(ValueError, match="do not fit inputs"):
         awq_clip(w, x[:, :32], GRID, 32)
-    for weight, inputs in ((w, x[:0]), (w * float("nan"), x), (w, x / 0)):
+    for weight, inputs in ((w, x[:0]), (w * float("nan"), x), (w, x / 0), (w, x * float("nan"))):
         with pytest.raises(ValueError, match="at least one token, and no NaN"):
             awq_scales(weight, inputs, GRID)
         with pytest.raises(ValueError, match="at least one token, and no NaN"):
