@@ -36,7 +36,8 @@ chapter: setup  ## Execute one chapter: make chapter N=7
 	@test -n "$(N)" || { echo "Say which chapter: make chapter N=7"; exit 2; }
 	$(BIN)/python scripts/notebooks.py --only $(N) --force
 
-book: notebooks html  ## Set up, execute what changed, build the site
+book: notebooks  ## Set up, execute what changed, build the site
+	@$(MAKE) --no-print-directory html
 
 html: setup
 	$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output . -W -n --keep-going --quiet

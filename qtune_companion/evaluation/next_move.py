@@ -25,6 +25,13 @@ def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     ------
     ValueError
         When a label takes several tokens, or two labels share one.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> by_length = lambda text, **_: SimpleNamespace(input_ids=[len(text)])
+    >>> label_ids(by_length, [" hide", " attack"])
+    [5, 7]
     """
     masked = getattr(tokenizer, "mask_token_id", None) is not None
     found = []

@@ -71,6 +71,15 @@ def perplexity(model: Any, tokens: Tensor, window: int = 512, stride: int = 256)
     -------
     float
         1 or more; the vocabulary's size for a model that guesses uniformly.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> class Shrug(torch.nn.Linear):
+    ...     def forward(self, input_ids):
+    ...         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
+    >>> round(perplexity(Shrug(1, 1), torch.arange(6)), 4)
+    8.0
     """
     was_training = model.training
     model.eval()
