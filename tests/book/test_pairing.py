@@ -110,6 +110,21 @@ def test_the_scoreboard_keeps_its_promises_and_its_page_shows_it():
     assert table(rows) in list(stored_text(shown)), "run `make chapter N=90`"
 
 
+def test_the_encoder_keeps_up_with_a_bag_of_words():
+    stored = nbformat.read(
+        next(p for p in map(notebook_path, CHAPTERS) if p.stem == "15_the_code"), as_version=4
+    )
+    outputs = [o for _, c in code_cells(stored) for o in c.outputs]
+    said = {
+        o.metadata.get("scrapbook", {}).get("name"): o.get("data", {}) for o in outputs if "metadata" in o
+    }
+    encoder, bag = (
+        float(said[f"ch15_{n}"]["application/papermill.record/text/plain"].strip("'"))
+        for n in ("encoder", "bag")
+    )
+    assert encoder >= bag > 40
+
+
 def test_enough_is_asked(source):
     text = source.read_text(encoding="utf-8")
     if source.name[0] in "01" and source.name[:2] != "00":
