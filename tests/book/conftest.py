@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from notebooks import stored_metadata  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With pytest-xdist, build the site once, on one worker, and begin with what takes longest."""
     for item in items:

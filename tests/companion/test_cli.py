@@ -3,49 +3,52 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from qtune_companion.cli import _parser, main
 from qtune_companion.recipes import FinetuneConfig
 
 
-def cli(*arguments):
-    command = [sys.executable, "-m", "qtune_companion.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def qtune(capsys, monkeypatch):
+    """Runs the command in this process; gives its status and what it wrote to stdout and stderr."""
+    for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        monkeypatch.setenv(name, value)  # the command sets them; here they are taken back
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_command_line(tiny, tmp_path):
+def test_command_line(tiny, tmp_path, qtune):
     out = tmp_path / "out"
-    run = cli(
-        "finetune", "--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", out, "--epochs", 1
-    )
+    command = [sys.executable, "-m", "qtune_companion.cli", "finetune", "--epochs", "1", "--output", str(out)]
+    command += ["--model", str(tiny / "model"), "--data", str(tiny / "data.jsonl")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "Memory ledger" in run.stdout
     assert "grad_norm" not in run.stdout + run.stderr
     assert re.search(r"6/6 .*loss=\d", run.stderr), "no progress bar with the loss"
     assert "Accuracy before" in run.stdout
     assert (out / "adapter_model.safetensors").is_file()
-    check = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--data", tiny / "data.jsonl")
-    assert check.returncode == 0, check.stderr
-    assert "on 56 records" in check.stdout
-    (out / "adapter_config.json").write_text(
-        (out / "adapter_config.json").read_text().replace('"r": 16', '"r": 8')
-    )
-    unfit = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--data", tiny / "data.jsonl")
-    assert unfit.returncode == 2
-    assert "is for another model or rank" in unfit.stderr.splitlines()[-1]
-    (out / "adapter_config.json").write_text(
-        (out / "adapter_config.json").read_text().replace('"r": 8', '"r": 16')
-    )
-    fresh = cli("evaluate", "--model", tiny / "model", "--adapter", out, "--split", "fresh")
-    assert "on 192 records" in fresh.stdout, fresh.stderr
-    refused = cli("evaluate", "--split", "attic")
-    assert refused.returncode == 2
-    assert (
-        "unknown split 'attic'; choose one of train, validation, test, extra, families, fresh"
-        in refused.stderr
-    )
-    assert "--resume" in cli("finetune", "--help").stdout
+    with_adapter = ("evaluate", "--model", tiny / "model", "--adapter", out)
+    assert "on 56 records" in qtune(*with_adapter, "--data", tiny / "data.jsonl")[1]
+    assert "on 192 records" in qtune(*with_adapter, "--split", "fresh")[1]
+    settings = out / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"r": 16', '"r": 8'))
+    status, _, complaint = qtune(*with_adapter, "--data", tiny / "data.jsonl")
+    assert status == 2
+    assert "is for another model or rank" in complaint.splitlines()[-1]
+    assert "--resume" in qtune("finetune", "--help")[1]
 
 
-def test_command_line_refuses_in_one_line(tmp_path):
+def test_command_line_refuses_in_one_line(tmp_path, qtune):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"speech": "a", "move": "spy"}\n{"speech"')
     occupied = tmp_path / "file"
@@ -60,18 +63,19 @@ def test_command_line_refuses_in_one_line(tmp_path):
         ("--lr", "inf"): "lr must be positive, got inf",
     }
     for arguments, words in cases.items():
-        run = cli("finetune", "--output", tmp_path / "out", *arguments)
-        assert run.returncode == 2, run.stderr
-        lines = [line for line in run.stderr.splitlines() if line.startswith("qtune: ")]
+        status, _, complaint = qtune("finetune", "--output", tmp_path / "out", *arguments)
+        assert status == 2
+        lines = [line for line in complaint.splitlines() if line.startswith("qtune: ")]
         assert len(lines) == 1
         assert words in lines[0]
-        assert "Traceback" not in run.stderr
+        assert "Traceback" not in complaint
+    status, _, complaint = qtune("evaluate", "--split", "attic")
+    splits = "train, validation, test, extra, families, fresh"
+    assert (status, complaint) == (2, f"qtune: unknown split 'attic'; choose one of {splits}\n")
     assert occupied.read_text() == "precious"
 
 
 def test_command_line_defaults_are_the_recipes():
-    from qtune_companion.cli import _parser
-
     given = vars(_parser().parse_args(["finetune"]))
     given["train_on"] = tuple(given["train_on"].split("+"))
     fields = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}

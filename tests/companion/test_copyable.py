@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,26 +19,50 @@ FILES = sorted(
     if p.stem != "__init__"
 )
 RUN = """
-import doctest, importlib.abc, importlib.util, sys
+import contextlib, doctest, importlib, importlib.abc, io, json, pathlib, sys, traceback
+import torch
 class NoCompanion(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] == "qtune_companion":
             raise ImportError(name)
 sys.meta_path.insert(0, NoCompanion())
-import {stem} as module, torch
-failed, tried = doctest.testmod(module, extraglobs={{"torch": torch}})
-print(failed, tried)
+found = {}
+for folder in map(pathlib.Path, sys.argv[1:]):
+    (file,) = folder.iterdir()
+    sys.path[0] = str(folder)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            module = importlib.import_module(file.stem)
+            failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
+        except BaseException:
+            failed, tried = 1, 0
+            traceback.print_exc(file=said)
+    sys.modules.pop(file.stem, None)
+    found[folder.name] = failed, tried, said.getvalue()
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_file_alone(path, tmp_path):
-    (tmp_path / path.name).write_text(path.read_text("utf-8"), "utf-8")
-    command = [sys.executable, "-c", RUN.format(stem=path.stem)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What each file's examples did: each in a folder of its own, all in one process, which imports torch once."""
+    folders = []
+    for path in FILES:
+        folders.append(tmp_path_factory.mktemp("alone") / f"{path.parent.name}-{path.stem}")
+        folders[-1].mkdir()
+        (folders[-1] / path.name).write_text(path.read_text("utf-8"), "utf-8")
+    command = [sys.executable, "-B", "-c", RUN, *map(str, folders)]
+    run = subprocess.run(command, cwd=folders[0].parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    failed, tried = map(int, run.stdout.split()[-2:])
-    assert failed == 0, run.stdout
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.xdist_group("alone")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_file_alone(path, alone):
+    failed, tried, said = alone[f"{path.parent.name}-{path.stem}"]
+    assert failed == 0, said
     assert tried >= 1, "an example in the docstrings is missing"
 
 
