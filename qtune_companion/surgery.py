@@ -141,7 +141,8 @@ def quantize_(
             LayerReport(name, tuple(weight.shape), quantized.nbytes, quantized.bits_per_weight, error.item())
         )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(quantized, layer.bias, compute_dtype))
+        new = QuantizedLinear(quantized, layer.bias, compute_dtype).train(layer.training)
+        setattr(model.get_submodule(parent), child, new)
     for parameter in model.parameters():  # a view of a mapped weights file would keep all of it in memory
         parameter.data = parameter.data.clone()
     return QuantizationReport(reports, before, sum(r.nbytes for r in reports))

@@ -59,9 +59,12 @@ def test_save_and_load_round_trip(tiny_llm, tmp_path):
     load_adapter_(fresh, tmp_path / "a")  # again, into the layers that are there
 
 
-def test_dropout_is_off_in_a_model_in_eval_mode(tiny_llm, tmp_path):
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+def test_dropout_is_off_in_a_model_in_eval_mode(tiny_llm, tmp_path, scheme):
     import copy
 
+    if scheme:
+        quantize_(tiny_llm, scheme)
     fresh = copy.deepcopy(tiny_llm)
     trained(tiny_llm, dropout=0.5)
     assert torch.equal(tiny_llm(IDS).logits, tiny_llm(IDS).logits)
