@@ -19,7 +19,7 @@ def test_notebook_runs(source):
         "pytest",
         "--nbval-lax",
         "--nbval-current-env",
-        "--nbval-cell-timeout=900",
+        "--nbval-cell-timeout=2700",  # a training on one core of a slow machine
     ]
     options = [
         "-q",
