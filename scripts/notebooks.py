@@ -2,7 +2,7 @@
 
 python scripts/notebooks.py [--only 07 13] [--force] [--check]
 
-A chapter is executed again only when its source has changed since. Chapters that measure a method add rows
+A chapter is executed again only when its source has changed since, and more of it than words. Chapters that measure a method add rows
 to the scoreboard, book/appendix/90_scoreboard.json; the page that shows it comes after them. The preface comes
 last and again after any other, because it shows a table of the run times that the others store in their metadata:
 
@@ -40,6 +40,7 @@ from nbformat import NotebookNode
 from nbformat.validator import NotebookValidationError
 from tqdm import tqdm
 
+from sliders import change_words, slider_words
 from stored_output import clean_outputs, measured_output, readable_time
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,17 +252,26 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
 
 
 def update_prose(source: Path, book: Path = BOOK) -> bool:
-    """Keep the outputs where only prose or a caption has changed, and store the new text; tell whether that was so."""
+    """Keep the outputs where only words have changed (prose, captions, a slider's alt), and store the new; tell whether so."""
     target = notebook_path(source)
     shows_others = source.name.startswith("00_") or source.with_suffix(".json").is_file()  # run times, rows
     if shows_others or not target.is_file():
         return False
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
-    if [(c.source, c.metadata.get("tags")) for c in was] != [(c.source, c.metadata.get("tags")) for c in now]:
+    before, after = ([slider_words(c.source) for c in cells] for cells in (was, now))
+    codes = [
+        [
+            (code, [keyword for keyword, _ in words], cell.metadata.get("tags"))
+            for (code, words), cell in pairs
+        ]
+        for pairs in (zip(before, was, strict=True), zip(after, now, strict=True))
+    ]
+    if codes[0] != codes[1]:
         return False
-    for executed, cell in zip(was, now, strict=True):
-        cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    for executed, cell, (_, old_words), (_, new_words) in zip(was, now, before, after, strict=True):
+        cell.outputs = change_words(executed.outputs, old_words, new_words)
+        cell.execution_count = executed.execution_count
     nb.metadata["language_info"] = old.metadata["language_info"]
     nb.metadata["qtune"] = old.metadata["qtune"] | {"source_sha256": fingerprint(source, book)}
     write_atomically(nb, target)

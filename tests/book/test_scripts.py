@@ -95,6 +95,37 @@ def test_changed_prose_keeps_the_outputs_and_changed_code_does_not(tmp_path):
     assert not notebooks.update_prose(chapter(tmp_path, "08_new.md", "1"), tmp_path)
 
 
+SLIDER = """import matplotlib.pyplot as plt
+import qtune_companion as qt
+qt.SliderFigure([plt.figure(figsize=(1, 1)) for _ in "ab"], ["a", "b"], name="Ü", alt="one",
+    caption="Two's company.")"""  # fmt: skip
+
+
+def test_words_of_a_slider_are_prose_and_its_figures_are_not(tmp_path):
+    source = chapter(tmp_path, "07_small.md", SLIDER)
+    notebooks.execute_chapter(source, book=tmp_path)
+    before = nbformat.read(tmp_path / "07_small.ipynb", as_version=4).cells[-1].outputs[0].data["text/html"]
+    chapter(
+        tmp_path, "07_small.md", SLIDER.replace("Two's company.", "3 < 4").replace('"one"', "'the \"A\"'")
+    )
+    assert notebooks.update_prose(source, tmp_path)
+    cell = nbformat.read(tmp_path / "07_small.ipynb", as_version=4).cells[-1]
+    page = cell.outputs[0].data["text/html"]
+    assert "<figcaption><p>3 &lt; 4</p>" in page
+    assert "company" not in page
+    assert page.count('alt="the &quot;A&quot; ') == 2 == before.count('alt="one ')
+    assert "3 < 4" in cell.source
+    for old, new in (
+        ("(1, 1)", "(1, 2)"),
+        ("Ü", "Y"),
+        ('caption="', 'caption="" + "'),
+        ('alt="one",', "alt=str(1),"),
+    ):
+        assert old in SLIDER
+        chapter(tmp_path, "07_small.md", SLIDER.replace(old, new))
+        assert not notebooks.update_prose(source, tmp_path)
+
+
 def test_failing_cell_names_the_place_and_keeps_the_old_notebook(tmp_path):
     source = chapter(tmp_path, "07_small.md", "print(42)")
     notebooks.execute_chapter(source, book=tmp_path)
