@@ -87,20 +87,23 @@ def test_broken_weights_are_named(tiny_llm, tmp_path):
         models.load_model(str(tmp_path))
 
 
-def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(monkeypatch, tmp_path):
+def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(monkeypatch, tmp_path, tiny_llm):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    real = AutoTokenizer.from_pretrained
+    written = []
 
     def interrupted(*args, **kwargs):
+        written.extend(path.name for path in tmp_path.glob(".*/*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        models.model_folder("smollm2-135m")
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_llm)  # at once
+        patched.setattr(AutoTokenizer, "from_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            models.model_folder("smollm2-135m")
+    assert "model.safetensors" in written
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", real)
     name = f"smollm2-135m-{models._EMBEDDED['smollm2-135m'].sha256[:12]}"
     killed, busy = tmp_path / f".{name}.killed", tmp_path / f".{name}.busy"  # kill -9 cleans nothing up
     for left in (killed, busy):
