@@ -163,6 +163,8 @@ class Runner(NotebookClient):
         self.coalesce_streams = True
         self.bar = bar
         self.cell_number = 0
+        self.took: dict[int, float] = {}  # seconds, by the number of the code cell
+        self.on_cell_executed = self.note_seconds
         self.on_cell_start = self.note_cell
         self.memory: PeakMemory | None = None
 
@@ -171,9 +173,14 @@ class Runner(NotebookClient):
         self.bar.n = cell_index
         self.bar.refresh()
         self.cell_number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
+        self.cell_start = time.perf_counter()
         if self.memory is None:
             self.memory = PeakMemory(cast(Any, self.km).provisioner.pid)
             self.memory.start()
+
+    def note_seconds(self, cell: NotebookNode, cell_index: int, execute_reply: Any) -> None:
+        """Remember how long the code cell took."""
+        self.took[self.cell_number] = time.perf_counter() - self.cell_start
 
     def measure(self, scoreboard: Path) -> tuple[float, float]:
         """Execute every cell, rows of the scoreboard going to that file; return seconds and peak memory in MB."""
@@ -183,6 +190,17 @@ class Runner(NotebookClient):
         finally:
             peak_mb = self.memory.stop() if self.memory else 0.0
         return time.perf_counter() - start, peak_mb
+
+    def slowest(self, share: float = 0.1) -> str:
+        """Return the code cells that took more than this share of the time, a line each: where to save."""
+        code = [c.source.strip() for c in self.nb.cells if c.cell_type == "code"]
+        total = sum(self.took.values())
+        found = sorted(self.took.items(), key=lambda item: item[1], reverse=True)
+        return "".join(
+            f"\n  {readable_time(seconds)} in code cell {number}: {code[number - 1].splitlines()[0]}"
+            for number, seconds in found
+            if seconds > share * total
+        )
 
 
 def explain(source: Path, runner: Runner, error: Exception) -> str:
@@ -247,7 +265,9 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
         "peak_mb": round(peak_mb),
     }
     write_atomically(nb, notebook_path(source))
-    print(f"{source.stem}: executed in {readable_time(seconds)}, {peak_mb / 1000:.1f} GB at most")
+    print(
+        f"{source.stem}: executed in {readable_time(seconds)}, {peak_mb / 1000:.1f} GB at most{runner.slowest()}"
+    )
     return nb
 
 

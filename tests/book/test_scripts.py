@@ -51,6 +51,15 @@ def test_chapter_is_executed_and_stored_clean(tmp_path):
     assert stored.metadata.qtune.peak_mb > 10
 
 
+def test_slow_cells_are_named(tmp_path, capsys):
+    cell = "```\n\n```{code-cell} ipython3\n"
+    source = chapter(tmp_path, "07_small.md", f"1\n{cell}import time\ntime.sleep(1.2)\n{cell}2")
+    notebooks.execute_chapter(source, book=tmp_path)
+    assert [line for line in capsys.readouterr().out.splitlines() if "in code cell" in line] == [
+        "  1 s in code cell 2: import time"
+    ]
+
+
 def test_same_source_gives_the_same_notebook(tmp_path):
     source = chapter(tmp_path, "07_small.md", "print(42)")
     first = notebooks.read_source(source)
