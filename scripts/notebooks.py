@@ -22,26 +22,21 @@ import json
 import os
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jupytext
 import nbformat
-import psutil
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from jupytext.formats import JupytextFormatError
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.validator import NotebookValidationError
 from tqdm import tqdm
 
-from sliders import change_words, slider_words
-from stored_output import clean_outputs, measured_output, readable_time
+from runner import Runner
+from stored_output import clean_outputs, is_glued, measured_output, readable_time
+from words import change_words, is_quiz, slider_words
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -118,91 +113,6 @@ def read_source(source: Path) -> NotebookNode:
     return nb
 
 
-class PeakMemory(threading.Thread):
-    """Samples the resident memory of a process and its children, and keeps the highest sum."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.process = psutil.Process(pid)
-        self.peak_bytes = 0
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        """Sample twenty times a second until stopped or until the process is gone."""
-        while not self.stopped.wait(0.05):
-            try:
-                tree = [self.process, *self.process.children(recursive=True)]
-                self.peak_bytes = max(self.peak_bytes, sum(p.memory_info().rss for p in tree))
-            except psutil.Error:
-                continue
-
-    def stop(self) -> float:
-        """Stop sampling and return the peak in MB (10⁶ bytes)."""
-        self.stopped.set()
-        self.join()
-        return self.peak_bytes / 1e6
-
-
-class OwnKernel(AsyncKernelManager):
-    """Starts this very interpreter as the kernel, whatever kernels the machine has installed."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
-
-
-class Runner(NotebookClient):
-    """Executes a notebook, and measures time and memory."""
-
-    def __init__(self, nb: NotebookNode, folder: Path, timeout: int, bar: tqdm) -> None:
-        resources = {"metadata": {"path": str(folder)}}
-        super().__init__(
-            nb, kernel_manager_class=OwnKernel, timeout=timeout, resources=resources, record_timing=False
-        )
-        # A local kernel need not be told of TCP's risks.
-        self.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
-        self.coalesce_streams = True
-        self.bar = bar
-        self.cell_number = 0
-        self.took: dict[int, float] = {}  # seconds, by the number of the code cell
-        self.on_cell_executed = self.note_seconds
-        self.on_cell_start = self.note_cell
-        self.memory: PeakMemory | None = None
-
-    def note_cell(self, cell: NotebookNode, cell_index: int) -> None:
-        """Remember which code cell runs, and start measuring with the first."""
-        self.bar.n = cell_index
-        self.bar.refresh()
-        self.cell_number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
-        self.cell_start = time.perf_counter()
-        if self.memory is None:
-            self.memory = PeakMemory(cast(Any, self.km).provisioner.pid)
-            self.memory.start()
-
-    def note_seconds(self, cell: NotebookNode, cell_index: int, execute_reply: Any) -> None:
-        """Remember how long the code cell took."""
-        self.took[self.cell_number] = time.perf_counter() - self.cell_start
-
-    def measure(self, scoreboard: Path) -> tuple[float, float]:
-        """Execute every cell, rows of the scoreboard going to that file; return seconds and peak memory in MB."""
-        start = time.perf_counter()
-        try:
-            self.execute(env={**os.environ, "QTUNE_SCOREBOARD": str(scoreboard)})
-        finally:
-            peak_mb = self.memory.stop() if self.memory else 0.0
-        return time.perf_counter() - start, peak_mb
-
-    def slowest(self, share: float = 0.1) -> str:
-        """Return the code cells that took more than this share of the time, a line each: where to save."""
-        code = [c.source.strip() for c in self.nb.cells if c.cell_type == "code"]
-        total = sum(self.took.values())
-        found = sorted(self.took.items(), key=lambda item: item[1], reverse=True)
-        return "".join(
-            f"\n  {readable_time(seconds)} in code cell {number}: {code[number - 1].splitlines()[0]}"
-            for number, seconds in found
-            if seconds > share * total
-        )
-
-
 def explain(source: Path, runner: Runner, error: Exception) -> str:
     """Return chapter, cell and reason of a failure as one text."""
     code = [c for c in runner.nb.cells if c.cell_type == "code"]
@@ -271,8 +181,18 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
     return nb
 
 
+def outputs_alone(cell: NotebookNode, source: Path) -> list[NotebookNode]:
+    """Return what a cell that needs no other shows."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.source)])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    with tqdm(total=1, disable=True) as bar, tempfile.TemporaryDirectory() as folder:
+        Runner(nb, source.parent, 60, bar).measure(Path(folder) / "no_rows.json")
+    clean_outputs(nb, ROOT)
+    return cast(list[NotebookNode], nb.cells[0].outputs)
+
+
 def update_prose(source: Path, book: Path = BOOK) -> bool:
-    """Keep the outputs where only words have changed (prose, captions, a slider's alt), and store the new; tell whether so."""
+    """Keep the outputs where only words have changed (prose, captions, a quiz), and store the new; tell whether so."""
     target = notebook_path(source)
     shows_others = source.name.startswith("00_") or source.with_suffix(".json").is_file()  # run times, rows
     if shows_others or not target.is_file():
@@ -280,17 +200,26 @@ def update_prose(source: Path, book: Path = BOOK) -> bool:
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
     before, after = ([slider_words(c.source) for c in cells] for cells in (was, now))
+    quizzes = {
+        i
+        for i, (executed, cell) in enumerate(zip(was, now, strict=False))
+        if executed.source != cell.source and is_quiz(executed.source) and is_quiz(cell.source)
+    }
     codes = [
         [
-            (code, [keyword for keyword, _ in words], cell.metadata.get("tags"))
-            for (code, words), cell in pairs
+            (i if i in quizzes else code, [keyword for keyword, _ in words], cell.metadata.get("tags"))
+            for i, ((code, words), cell) in enumerate(zip(split, cells, strict=True))
         ]
-        for pairs in (zip(before, was, strict=True), zip(after, now, strict=True))
+        for split, cells in ((before, was), (after, now))
     ]
     if codes[0] != codes[1]:
         return False
-    for executed, cell, (_, old_words), (_, new_words) in zip(was, now, before, after, strict=True):
-        cell.outputs = change_words(executed.outputs, old_words, new_words)
+    for i, (executed, cell) in enumerate(zip(was, now, strict=True)):
+        if i in quizzes:
+            measured = [output for output in executed.outputs if is_glued(output)]
+            cell.outputs = outputs_alone(cell, source) + measured
+        else:
+            cell.outputs = change_words(executed.outputs, before[i][1], after[i][1])
         cell.execution_count = executed.execution_count
     nb.metadata["language_info"] = old.metadata["language_info"]
     nb.metadata["qtune"] = old.metadata["qtune"] | {"source_sha256": fingerprint(source, book)}

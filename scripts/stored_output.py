@@ -82,6 +82,11 @@ def readable_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
+def is_glued(output: NotebookNode) -> bool:
+    """Tell whether an output is a value kept for {glue:text}, and shows nothing."""
+    return "scrapbook" in output.get("metadata", {})
+
+
 def measured_output(nb: NotebookNode, seconds: float, peak_mb: float) -> None:
     """Store run time and peak memory for the page's {glue:text}; in a notebook they show nothing."""
     plain = [

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import json
 import re
 import threading
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Visit:
     no_alt: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
+    misjudged: list[str] = field(default_factory=list)
     quizzes: int = 0
     cramped: list[str] = field(default_factory=list)
     overflow: int = 0
@@ -130,6 +132,24 @@ def unanswered_questions(page):
     return silent
 
 
+def misjudged_numbers(page):
+    """What a question that wants a number says to each of the numbers it names, where that is not its own feedback."""
+    wrong = []
+    for question in page.locator(".Quiz:has(.Input-text)").all():
+        field, feedback = question.locator(".Input-text"), question.locator(".Feedback")
+        for answer in json.loads(field.get_attribute("data-answers")):
+            numbers = [answer["value"]] if "value" in answer else answer.get("range", [])
+            if not numbers:
+                continue
+            field.fill(f"{sum(numbers) / len(numbers):.6g}")  # of a range, its middle
+            field.press("Enter")
+            right = "correct" in feedback.get_attribute("class").split()
+            said, meant = feedback.inner_text().strip(), answer["feedback"]
+            if right != answer["correct"] or ("$" not in meant and said != meant):
+                wrong.append(f"to {field.input_value()} it says {said!r}")
+    return wrong
+
+
 @pytest.fixture(scope="module")
 def visits(browser, address, pages):
     """Every page opened once at every width."""
@@ -146,7 +166,7 @@ def visits(browser, address, pages):
             visit.search_fields = page.evaluate(SEARCH_FIELDS)
             visit.quizzes = page.locator(".Quiz").count()
             if width == 1280:
-                visit.unanswered = unanswered_questions(page)
+                visit.unanswered, visit.misjudged = unanswered_questions(page), misjudged_numbers(page)
             page.close()
     return seen
 
@@ -190,3 +210,5 @@ def test_every_quiz_shows_questions_and_answers_a_click(visits, site, pages):
     assert not empty, f"no question is shown: {empty}"
     silent = {page: visit.unanswered for page, visit in visits.items() if visit.unanswered}
     assert not silent, f"no feedback on a click: {silent}"
+    misjudged = {page: visit.misjudged for page, visit in visits.items() if visit.misjudged}
+    assert not misjudged, f"numbers that get another feedback than theirs: {misjudged}"

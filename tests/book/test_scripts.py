@@ -135,6 +135,39 @@ def test_words_of_a_slider_are_prose_and_its_figures_are_not(tmp_path):
         assert not notebooks.update_prose(source, tmp_path)
 
 
+QUIZ = """from jupyterquiz import display_quiz
+
+display_quiz([{"question": "Bytes?", "type": "numeric", "answers": [
+    {"type": "value", "value": 6, "correct": True, "feedback": "Six."}]}])"""
+
+
+def test_a_changed_quiz_runs_alone(tmp_path):
+    cell = "```\n\n```{code-cell} ipython3\n"
+    before = f"slow = 1\n{cell}slow\n{cell}{QUIZ}"
+    source = chapter(tmp_path, "07_small.md", before)
+    executed = notebooks.execute_chapter(source, book=tmp_path)
+    assert [o.metadata.scrapbook.name for o in executed.cells[-1].outputs[-2:]] == [
+        "measured-time",
+        "measured-memory",
+    ]
+    chapter(tmp_path, "07_small.md", before.replace("Six.", "Two times three."))
+    assert notebooks.update_prose(source, tmp_path)
+    cells = nbformat.read(tmp_path / "07_small.ipynb", as_version=4).cells
+    shown = str(cells[-1].outputs)
+    assert "Two times three." in shown
+    assert "Six." not in shown
+    assert len(cells[-1].outputs) == len(executed.cells[-1].outputs)
+    assert cells[-1].outputs[-2:] == executed.cells[-1].outputs[-2:]
+    assert cells[-2].outputs == executed.cells[-2].outputs
+    for changed in (
+        QUIZ.replace("6", "slow"),
+        QUIZ + "\nprint(1)",
+        QUIZ.replace("display_quiz([", "print(["),
+    ):
+        chapter(tmp_path, "07_small.md", f"slow = 1\n{cell}slow\n{cell}{changed}")
+        assert not notebooks.update_prose(source, tmp_path)
+
+
 def test_failing_cell_names_the_place_and_keeps_the_old_notebook(tmp_path):
     source = chapter(tmp_path, "07_small.md", "print(42)")
     notebooks.execute_chapter(source, book=tmp_path)

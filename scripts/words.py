@@ -1,4 +1,4 @@
-"""The words of a slider, which its cell gives as plain text: told from its code, and changed in its stored output."""
+"""Words in code cells, which change nothing else: a slider's caption and alt text, and a quiz."""
 
 from __future__ import annotations
 
@@ -63,3 +63,19 @@ def change_words(
                 page = page.replace(f"<figcaption><p>{was}</p>", f"<figcaption><p>{now}</p>")
         output["data"]["text/html"] = page
     return outputs
+
+
+def is_quiz(code: str) -> bool:
+    """Tell whether a cell is a quiz and nothing else: the import, and one call with literals."""
+    try:
+        match ast.parse(code).body:
+            case [
+                ast.ImportFrom(module="jupyterquiz"),
+                ast.Expr(value=ast.Call(func=ast.Name("display_quiz")) as call),
+            ]:
+                for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
+                    ast.literal_eval(value)
+                return True
+    except (SyntaxError, ValueError):
+        pass
+    return False
