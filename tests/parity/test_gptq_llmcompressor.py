@@ -2,7 +2,7 @@
 
 Both round with the same scales, but the order of their sums differs: where a weight lies in the middle between two
 steps the choice may differ, and what comes after it in that row. Hence "nearly all weights" and "an error within a
-hundredth of the reference's"; measured: the same weights in all six cases on one machine, at least 99.8% of them in
+hundredth of the reference's"; measured: the same weights in all seven cases on one machine, at least 99.8% of them in
 each on another run.
 """
 
