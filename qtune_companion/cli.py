@@ -143,7 +143,7 @@ def _peak_bytes() -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 on bad input."""
+    """Run the command line; 0 when all went well, 2 on bad input, 130 when interrupted."""
     from .models import available_models
 
     args = _parser().parse_args(argv)

@@ -52,7 +52,7 @@ class FinetuneConfig:
     train_on: tuple[str, ...] = ("train", "extra")  # splits
     output: str = "adapter"  # folder of the adapter; checkpoints go to <output>/checkpoints
     scheme: str | None = "nf4-dq"  # how the frozen base is quantized; None leaves it dense
-    compute: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware multiplies it natively
+    compute: str = "auto"  # "bf16", "fp32", or "auto": bf16 where the hardware multiplies it faster
     rank: int = 16  # inner dimension of the adapter
     alpha: float = 32.0  # its scale: alpha / rank
     dropout: float = 0.0  # on the adapter's input

@@ -97,5 +97,5 @@ class Runner(NotebookClient):
         return "".join(
             f"\n  {readable_time(seconds)} in code cell {number}: {code[number - 1].splitlines()[0]}"
             for number, seconds in found
-            if seconds > share * total
+            if seconds > max(1, share * total)
         )

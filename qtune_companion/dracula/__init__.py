@@ -40,7 +40,7 @@ def _one_of(what: str, value: str | None, allowed: Sequence[str]) -> None:
 
 
 def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset:
-    """The 1,200 speeches, or a part of them, or the further ones for training.
+    """The 1,200 speeches, or a part of them, or the further castle speeches.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
         Before, or after, the Count learned to program.
     split : {"train", "validation", "test", "extra", "families", "fresh"}, optional
         The last three are further castle speeches, given only by name. ``"extra"``: 768 for training. ``"families"``:
-        960 for training, each scene told four times with four moves. ``"fresh"``: 192 for testing, written when
-        everything else was settled.
+        960 for training, each scene told four times with four moves. ``"fresh"``: 192 for testing, which played no
+        part in any choice.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
     Raises
     ------
     ValueError
-        On an unknown phase or split.
+        On an unknown phase or split, or a split that the phase does not have.
 
     Examples
     --------
@@ -72,6 +72,8 @@ def load_speeches(phase: str | None = None, split: str | None = None) -> Dataset
     lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [r for r in rows if phase in (None, r["phase"]) and split in (None, r["split"])]
+    if not rows:
+        raise ValueError(f"phase {phase!r} has no split {split!r}: only the castle has")
     return Dataset.from_list(rows)
 
 

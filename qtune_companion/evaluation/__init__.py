@@ -1,1 +1,1 @@
-"""Evaluation: perplexity and next-move accuracy. Each file can be copied alone."""
+"""Evaluation: perplexity, KL divergence, next-move accuracy, and the scoreboard. Each file can be copied alone."""

@@ -1,7 +1,7 @@
 """Perplexity with a sliding window: how surprised a causal LLM is by a text.
 
 ``exp(mean over tokens of -log p(token | what came before))``, with a window that moves by ``stride`` so
-that every token but a window's first ones sees at least ``window - stride`` tokens of context. Explained
+that every token but the text's first ones sees at least ``window - stride`` tokens of context. Explained
 in chapter 6.
 
 Copy this file: it needs only torch.

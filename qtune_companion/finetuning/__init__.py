@@ -1,1 +1,1 @@
-"""Fine-tuning: quantized linear layer, LoRA, collators. Each file can be copied alone."""
+"""Fine-tuning: quantized linear layer, LoRA, collators, weight averaging, lean SwiGLU. Each file can be copied alone."""

@@ -1,4 +1,4 @@
-"""Weight averaging: the mean of the weights over the last steps predicts better than the last step's.
+"""Weight averaging: the mean of the weights over the last steps, which often predicts better than the last step's.
 
 Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization" (arXiv:1803.05407),
 algorithm 1, here over steps instead of epochs. Explained in chapter 15.

@@ -56,8 +56,8 @@ class CompletionCollator:
         Ask the model for the completion's logits only (``logits_to_keep``): the output layer of a small
         LLM with a large vocabulary is a large part of its work.
     prompt_every : int
-        Above 0, also keep the logits of every so-manieth prompt token, for :func:`completion_loss`. Which
-        ones hangs on the batch alone, so that epochs see different tokens and a resumed run the same.
+        Above 0, also keep the logits of every ``prompt_every``-th prompt token, for :func:`completion_loss`. Which
+        ones depends on the batch alone, so that epochs see different tokens and a resumed run the same.
 
     Returns
     -------

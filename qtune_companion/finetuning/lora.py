@@ -2,7 +2,7 @@
 
 ``y = base(x) + (alpha / rank) * B(A(x))`` with ``A`` of shape (rank, in) and ``B`` (out, rank), from Hu
 et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), equation 3.
-Explained in chapters 12 and 13. Adapters are written and read in PEFT's own format.
+Explained in chapter 13. Adapters are written and read in PEFT's own format.
 
 Copy this file: it needs torch and safetensors.
 """
@@ -144,7 +144,7 @@ def add_lora_(
     rank, alpha, dropout
         See :class:`LoRALinear`.
     targets : str or iterable of str
-        ``"all-linear"`` (all but the output embedding), or names' last parts such as ``["q_proj", "v_proj"]``.
+        ``"all-linear"`` (all but the output embedding), or whole names, or their last parts such as ``["q_proj", "v_proj"]``.
 
     Returns
     -------
