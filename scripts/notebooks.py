@@ -181,9 +181,10 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
     return nb
 
 
-def outputs_alone(cell: NotebookNode, source: Path) -> list[NotebookNode]:
-    """Return what a cell that needs no other shows."""
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.source)])
+def quiz_outputs(cell: NotebookNode, source: Path) -> list[NotebookNode]:
+    """Return what the cell of a quiz shows; it needs no other cell but its import."""
+    code = f"from jupyterquiz import display_quiz\n{cell.source}"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     with tqdm(total=1, disable=True) as bar, tempfile.TemporaryDirectory() as folder:
         Runner(nb, source.parent, 60, bar).measure(Path(folder) / "no_rows.json")
@@ -217,7 +218,7 @@ def update_prose(source: Path, book: Path = BOOK) -> bool:
     for i, (executed, cell) in enumerate(zip(was, now, strict=True)):
         if i in quizzes:
             measured = [output for output in executed.outputs if is_glued(output)]
-            cell.outputs = outputs_alone(cell, source) + measured
+            cell.outputs = quiz_outputs(cell, source) + measured
         else:
             cell.outputs = change_words(executed.outputs, before[i][1], after[i][1])
         cell.execution_count = executed.execution_count

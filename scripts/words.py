@@ -66,10 +66,10 @@ def change_words(
 
 
 def is_quiz(code: str) -> bool:
-    """Tell whether a cell is a quiz and nothing else: the import, and one call with literals."""
+    """Tell whether a cell is a quiz and nothing else: one call with literals, after its import perhaps."""
     try:
         match ast.parse(code).body:
-            case [
+            case [ast.Expr(value=ast.Call(func=ast.Name("display_quiz")) as call)] | [
                 ast.ImportFrom(module="jupyterquiz"),
                 ast.Expr(value=ast.Call(func=ast.Name("display_quiz")) as call),
             ]:
