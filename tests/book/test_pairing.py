@@ -93,6 +93,17 @@ def test_nothing_of_the_machine_is_stored(notebook):
     assert notebook.metadata["language_info"] == {"name": "python"}
 
 
+def test_no_cell_shows_the_name_of_an_object(notebook):
+    """As `torch.manual_seed(5)` does on a cell's last line."""
+    shown = [
+        output.data["text/plain"]
+        for _, cell in code_cells(notebook)
+        for output in cell.outputs
+        if output.output_type == "execute_result" and list(output.data) == ["text/plain"]
+    ]
+    assert not [text for text in shown if text.startswith("<")]
+
+
 def test_run_time_and_memory_keep_the_promise(source):
     measured = stored_metadata(source)
     assert 0 < measured["seconds"] <= 360, "a chapter runs in 6 minutes at most"
