@@ -70,7 +70,8 @@ def test_the_further_speeches_are_castle_speeches_in_equal_numbers(split, a_move
     assert Counter(r["move"] for r in rows) == dict.fromkeys(MOVES, a_move)
     assert {(r["phase"], r["split"]) for r in rows} == {("castle", split)}
     assert all(r["meaning"] == r["move"] for r in rows)
-    assert len(load_speeches("code", split)) == 0
+    with pytest.raises(ValueError, match=f"phase 'code' has no split '{split}'"):
+        load_speeches("code", split)
 
 
 def test_a_family_has_four_moves_in_one_scene():
