@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from runner import Runner
 from stored_output import clean_outputs, is_glued, measured_output, readable_time
-from words import change_words, is_quiz, slider_words
+from words import change_words, is_quiz, split_words
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -200,27 +200,19 @@ def update_prose(source: Path, book: Path = BOOK) -> bool:
         return False
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
-    before, after = ([slider_words(c.source) for c in cells] for cells in (was, now))
-    quizzes = {
-        i
-        for i, (executed, cell) in enumerate(zip(was, now, strict=False))
-        if executed.source != cell.source and is_quiz(executed.source) and is_quiz(cell.source)
-    }
+    before, after = ([split_words(c.source) for c in cells] for cells in (was, now))
     codes = [
-        [
-            (i if i in quizzes else code, [keyword for keyword, _ in words], cell.metadata.get("tags"))
-            for i, ((code, words), cell) in enumerate(zip(split, cells, strict=True))
-        ]
-        for split, cells in ((before, was), (after, now))
+        [(code, [keyword for keyword, _ in words], c.metadata.get("tags")) for (code, words), c in pairs]
+        for pairs in (zip(before, was, strict=True), zip(after, now, strict=True))
     ]
     if codes[0] != codes[1]:
         return False
-    for i, (executed, cell) in enumerate(zip(was, now, strict=True)):
-        if i in quizzes:
+    for executed, cell, (_, old_words), (_, new_words) in zip(was, now, before, after, strict=True):
+        if is_quiz(cell.source) and cell.source != executed.source:
             measured = [output for output in executed.outputs if is_glued(output)]
             cell.outputs = quiz_outputs(cell, source) + measured
         else:
-            cell.outputs = change_words(executed.outputs, before[i][1], after[i][1])
+            cell.outputs = change_words(executed.outputs, old_words, new_words)
         cell.execution_count = executed.execution_count
     nb.metadata["language_info"] = old.metadata["language_info"]
     nb.metadata["qtune"] = old.metadata["qtune"] | {"source_sha256": fingerprint(source, book)}

@@ -15,11 +15,13 @@ def name_of(function: ast.expr) -> str:
     return getattr(function, "attr", getattr(function, "id", ""))
 
 
-def slider_words(code: str) -> tuple[str, list[tuple[str, str]]]:
-    """Split the code of a cell into the code without its sliders' words, and these: ``(keyword, text)``.
+def split_words(code: str) -> tuple[str, list[tuple[str, str]]]:
+    """Split the code of a cell into the code without its words, and its sliders' words: ``(keyword, text)``.
 
-    Only literals count: what is computed is code. A cell that is not plain Python is all code.
+    Only literals count: what is computed is code. A cell that is not plain Python is all code, a quiz none.
     """
+    if is_quiz(code):
+        return "", []
     try:
         tree = ast.parse(code)
     except SyntaxError:
