@@ -76,14 +76,14 @@ def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n if b == -1 else min(b, n) for n, b in zip(shape, block_size, strict=True))
 
 
-def _reduce(x: Tensor, block: tuple[int, ...], op: str) -> Tensor:
+def _reduce(x: Tensor, block: tuple[int, ...], op: Callable[..., Tensor]) -> Tensor:
     """Minimum or maximum of each block; a short last block is extended by its own last element."""
     for axis, b in enumerate(block):
         if short := -x.shape[axis] % b:
             last = x.narrow(axis, -1, 1)
             x = torch.cat([x, last.expand(*x.shape[:axis], short, *x.shape[axis + 1 :])], axis)
-        x = x.unflatten(axis, (-1, b))  # (…, blocks, b, …)
-        x = x.amin(axis + 1) if op == "min" else x.amax(axis + 1)
+        if b > 1:  # a pass over blocks of one changes nothing, and takes long
+            x = op(x.unflatten(axis, (-1, b)), axis + 1)  # (…, blocks, b, …)
     return x
 
 
@@ -147,7 +147,7 @@ def choose_qparams(
     if x.numel() == 0:
         raise ValueError(f"x is empty, shape {tuple(x.shape)}: there is no range to quantize")
     block = _resolve(x.shape, block_size)
-    low, high = _reduce(x, block, "min"), _reduce(x, block, "max")
+    low, high = _reduce(x, block, torch.amin), _reduce(x, block, torch.amax)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError("x holds NaN or infinity: mend the weights before quantizing them")
     eps = torch.finfo(x.dtype).eps

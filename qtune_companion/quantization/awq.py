@@ -96,8 +96,8 @@ def awq_scales(weight: Tensor | Sequence[Tensor], inputs: Tensor, grid: Any, n_g
         scales = scales / (scales.max() * scales.min()).sqrt()
         loss = 0.0
         for w in weights:
-            error = grid.round(w * scales) / scales - w  # (out, in)
-            loss += (inputs @ error.T).square().sum().item()
+            error = grid.round(w * scales).div_(scales).sub_(w)  # (out, in)
+            loss += (inputs @ error.T).square_().sum().item()
         if loss < least:
             least, best = loss, scales
     return best

@@ -20,16 +20,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FP4",
-    "NF4",
-    "CodebookGrid",
-    "CodebookTensor",
-    "DoubleQuantized",
-    "NF4Tensor",
-    "dynamic_map",
-    "lloyd_max",
+    "FP4", "NF4", "CodebookGrid", "CodebookTensor", "DoubleQuantized", "NF4Tensor", "dynamic_map", "lloyd_max",
     "quantize_nf4",
-]
+]  # fmt: skip
 
 NF4 = torch.tensor(
     [
@@ -95,18 +88,26 @@ def lloyd_max(samples: Tensor, bits: int, iterations: int = 100) -> Tensor:
     return table
 
 
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest entry of an ascending table, uint8; halfway it is the lower one."""
+    codes, above = (torch.zeros_like(values, dtype=dtype) for dtype in (torch.uint8, torch.bool))
+    for middle in ((table[:-1] + table[1:]) / 2).tolist():  # for 16 entries faster than a binary search
+        codes += torch.gt(values, middle, out=above).view(torch.uint8)
+    return codes
+
+
 def _blockwise_codes(flat: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Nearest-entry codes (n,) and absmax (blocks,) of a flat float32 tensor; ``table`` ascends."""
     n = flat.numel()
     whole = n - n % block_size
     blocks = flat[:whole].view(-1, block_size)  # (blocks, block)
     absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
-    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp(-1, 1).reshape(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp_(-1, 1).reshape(-1)
     if whole < n:  # a short last block; bitsandbytes divides here, and keeps the clamped absmax
         last = flat[whole:].abs().amax().clamp(min=_TINY)
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, (flat[whole:] / last).clamp(-1, 1)])
-    return torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8), absmax
+    return _nearest(scaled, table), absmax
 
 
 def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -254,7 +255,7 @@ class CodebookGrid:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
         if weight.numel() == 0:
             raise ValueError(f"weight is empty, shape {tuple(weight.shape)}")
-        if not torch.isfinite(weight).all():
+        if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise ValueError("weight holds NaN or infinity: mend it before quantizing")
         table, order = self.codebook.to(weight.device, torch.float32).sort(stable=True)
         flat = weight.detach().reshape(-1).float()
@@ -263,8 +264,8 @@ class CodebookGrid:
         else:
             absmax = self.absmax
             spread = absmax.clamp(min=_TINY).repeat_interleave(self.block_size)[: flat.numel()]
-            codes = torch.bucketize((flat / spread).clamp(-1, 1), (table[:-1] + table[1:]) / 2)
-        return order.to(torch.uint8)[codes.int()], absmax
+            codes = _nearest((flat / spread).clamp(-1, 1), table)
+        return order.to(torch.uint8).index_select(0, codes.int()), absmax
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = False) -> NF4Tensor:

@@ -50,18 +50,24 @@ def _factor(hessian: Tensor, damp: float) -> Tensor:
 def _rounder(grid: Any, fitted: Any, group: Tensor, index: int) -> Callable[[Tensor], Tensor]:
     """What rounds one column (out,) of a group of columns (out, width), the ``index``-th of those ``fitted``.
 
-    The book's grids give up their group's scales, and then round the column alone. Of any other grid we know
-    that it rounds each number by itself, so it may round the column as often as its group is wide.
+    The book's grids give up their group's scales, and then round the column alone, affine grids and codebooks in
+    the few operations that it takes. Of any other grid we know that it rounds each number by itself, so it may
+    round the column as often as its group is wide.
     """
-    width = 2  # two codes of four bits fill a byte
-    if (params := getattr(fitted, "params", None)) is not None:
-        scale, zero = (t[:, index : index + 1] for t in (params.scale, params.zero_point))
-        params = replace(params, scale=scale, zero_point=zero, block_size=(params.block_size[0], width))
-        thin = replace(fitted, params=params)
-    elif (absmax := getattr(fitted, "absmax", None)) is not None:
+    if (params := getattr(fitted, "params", None)) is not None:  # affine, in few operations
+        scale, zero = (
+            t[:, index].repeat_interleave(params.block_size[0])[: len(group)]
+            for t in (params.scale, params.zero_point.to(params.scale))
+        )
+        inverse, (low, high) = 1.0 / scale, params.code_range
+        return lambda column: (column * inverse).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+    if (absmax := getattr(fitted, "absmax", None)) is not None:
         absmax = absmax.view(len(group), -1)[:, index]
-        thin = replace(fitted, absmax=absmax, block_size=width, double_quant=False)
-    elif (scales := getattr(fitted, "scales", None)) is not None:
+        table = fitted.codebook.to(absmax).sort(stable=True).values
+        middles, spread = (table[:-1] + table[1:]) / 2, absmax.clamp(min=1e-38)
+        return lambda column: table[torch.bucketize((column / spread).clamp_(-1, 1), middles)] * absmax
+    if (scales := getattr(fitted, "scales", None)) is not None:
+        width = 2  # two codes of four bits fill a byte
         thin = replace(fitted, scales=scales[:, index : index + 1], block_size=width)
     else:
         thin, width = grid.fit(group), group.shape[1]
@@ -147,7 +153,7 @@ def gptq(
     groups = order // size
     rounders: dict[int, Callable[[Tensor], Tensor]] = {}
 
-    start = 0
+    start, pivots = 0, u.diagonal().tolist()
     while start < columns:
         stop = min(start + _BLOCK, columns)
         if not static:  # a block must not run into a group that has yet to be fitted to finished columns
@@ -165,7 +171,7 @@ def gptq(
             past = errors[: j - start]
             column = torch.addmv(w[j], past.T, u[start:j, j], alpha=-1)
             w[j] = rounders[group](column)
-            errors[j - start] = (column - w[j]) / u[j, j]
+            torch.sub(column, w[j], out=errors[j - start]).div_(pivots[j])
         w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
         start = stop
     result = torch.empty_like(weight)

@@ -119,7 +119,7 @@ def hqq(
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if weight.ndim != 2 or weight.numel() == 0 or not torch.isfinite(weight).all():
+    if weight.ndim != 2 or weight.numel() == 0 or not all(x.isfinite() for x in weight.aminmax()):
         raise ValueError(f"weight must be (out, in), finite and not empty, got shape {tuple(weight.shape)}")
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits}")
@@ -130,17 +130,22 @@ def hqq(
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     inverse = torch.where(high - low <= 1e-4, 1.0, top / (high - low)).clamp(max=2e4)  # of the scale
     scale, zero, least = 1 / inverse, -low * inverse, math.inf
+    # in place where it can be: fresh memory for a large tensor costs more than the arithmetic on it
+    steps = w * inverse
+    codes, error, magnitude = (torch.empty_like(w) for _ in range(3))
     for _ in range(iters):
-        codes = torch.addcmul(zero, w, inverse).round_().clamp_(0, top)
-        error = torch.addcmul(w, codes - zero, scale, value=-1)
-        magnitude, target = error.abs(), w
+        torch.add(steps, zero, out=codes).round_().clamp_(0, top)
+        torch.sub(codes, zero, out=error).mul_(-scale).add_(w)
+        torch.abs(error, out=magnitude)
+        mean, target = magnitude.mean().item(), steps
         if magnitude.max() ** (2 - p) > 1 / beta:  # else shrinking leaves nothing, and need not be computed
-            target = w - (magnitude - 1 / beta * magnitude ** (p - 1)).clamp_(min=0) * error.sign()
-        zero = torch.addcmul(codes, target, inverse, value=-1).mean(1, keepdim=True)
-        if (mean := magnitude.mean().item()) >= least:
+            outliers = (magnitude - 1 / beta * magnitude ** (p - 1)).clamp_(min=0) * error.sign()
+            target = (w - outliers) * inverse
+        zero = torch.sub(codes, target, out=error).mean(1, keepdim=True)
+        if mean >= least:
             break
         least = mean
-    codes = torch.addcmul(zero, w, inverse).round_().clamp_(0, top).to(torch.uint8)
+    codes = torch.add(steps, zero, out=codes).round_().clamp_(0, top).to(torch.uint8)
     scale, zero = scale.half(), zero.half()
     if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
         raise ValueError(

@@ -46,6 +46,16 @@ def test_a_fitted_grid_keeps_its_scales():
     assert grid.round(torch.full((4, 64), 99.0)).amax() == grid.absmax.amax()
 
 
+def test_halfway_goes_to_the_lower_entry():
+    middles = (NF4[:-1] + NF4[1:]) / 2
+    block = torch.cat([middles, torch.ones(1)])  # the scale is 1
+    fresh = CodebookGrid(NF4, 16)
+    for grid in (fresh, fresh.fit(block)):
+        assert torch.equal(grid.round(block), torch.cat([NF4[:-1], torch.ones(1)]))
+    above = torch.nextafter(block, torch.ones(16))
+    assert torch.equal(fresh.round(above), torch.cat([NF4[1:], torch.ones(1)]))
+
+
 def test_stored_bits_by_counting_bytes():
     w = weight((256, 256))
     plain, double = quantize_nf4(w), quantize_nf4(w, double_quant=True)
