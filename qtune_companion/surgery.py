@@ -103,8 +103,8 @@ def quantize_(
     Raises
     ------
     ValueError
-        On an unknown scheme, a model without linear layers, weights with NaN or infinity, or a weight that is
-        tied to another layer's (names the layer). Then the model is unchanged.
+        On an unknown scheme, a model without linear layers or that is one, weights with NaN or infinity, or a
+        weight that is tied to another layer's (names the layer). Then the model is unchanged.
     """
     if isinstance(scheme, str):
         if scheme not in _SCHEMES:
@@ -114,6 +114,8 @@ def quantize_(
         grid = _SCHEMES[scheme]()
     else:
         grid = scheme
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is a linear layer itself, and cannot be replaced in place: wrap it")
     targets = {
         name: m
         for name, m in model.named_modules()
@@ -141,7 +143,8 @@ def quantize_(
             LayerReport(name, tuple(weight.shape), quantized.nbytes, quantized.bits_per_weight, error.item())
         )
         parent, _, child = name.rpartition(".")
-        new = QuantizedLinear(quantized, layer.bias, compute_dtype).train(layer.training)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        new = QuantizedLinear(quantized, bias, compute_dtype).train(layer.training)
         setattr(model.get_submodule(parent), child, new)
     for parameter in model.parameters():  # a view of a mapped weights file would keep all of it in memory
         parameter.data = parameter.data.clone()

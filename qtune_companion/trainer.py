@@ -25,7 +25,6 @@ _CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "optimizer.pt",
     "scheduler.pt",
-    "rng_state.pth",
 )
 
 
@@ -97,12 +96,14 @@ class AdapterTrainer(Trainer):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; a run that was killed may leave a broken one behind."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for path in found:
+    steps = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()}
+    for _, path in sorted(steps.items(), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            state = json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError):  # written last
             continue
-        if all((path / name).is_file() for name in _CHECKPOINT_FILES):
+        whole = isinstance(state, dict) and {"global_step", "max_steps"} <= state.keys()
+        whole = whole and any(path.glob("rng_state*.pth"))  # one a process
+        if whole and all((path / name).is_file() for name in _CHECKPOINT_FILES):
             return path
     return None

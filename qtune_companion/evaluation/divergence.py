@@ -46,7 +46,7 @@ class Divergence:
     @property
     def perplexity(self) -> float:
         """The model's, over the same predictions; the reference's is ``reference_loss.mean().exp()``."""
-        return math.exp(self.loss.double().mean().item())
+        return self.loss.double().mean().exp().item()
 
 
 def _windows(model: Any, tokens: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -78,9 +78,16 @@ def next_move_scores(
     -------
     Tensor
         float32, (prompts, labels).
+
+    Raises
+    ------
+    ValueError
+        On no prompts, a batch size below 1, labels of several tokens, or logits that are NaN.
     """
     if not prompts:
         raise ValueError("no prompts to score")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     wanted = torch.tensor(label_ids(tokenizer, labels))
     masked = tokenizer.mask_token_id is not None
     device = next(iter([*model.parameters(), *model.buffers()])).device
@@ -92,10 +99,13 @@ def next_move_scores(
     batches: Iterable[list[int]] = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     scores = torch.empty(len(text), len(labels))
     was_training, side, cut = model.training, tokenizer.padding_side, tokenizer.truncation_side
+    no_pad = getattr(tokenizer, "pad_token_id", None) is None
     model.eval()
     # an encoder counts its positions from the left end, so its padding goes right
     tokenizer.padding_side, tokenizer.truncation_side = ("right" if masked else "left"), "left"
     try:
+        if no_pad:  # what stands in its place is masked
+            tokenizer.pad_token = tokenizer.eos_token
         for rows in progress(batches) if progress else batches:
             batch = tokenizer(
                 [text[i] for i in rows],
@@ -116,7 +126,11 @@ def next_move_scores(
             scores[rows] = logits.float().cpu()[:, wanted]
     finally:
         tokenizer.padding_side, tokenizer.truncation_side = side, cut
+        if no_pad:
+            tokenizer.pad_token = None
         model.train(was_training)
+    if scores.isnan().any():
+        raise ValueError("the model's logits hold NaN: a weight, a scale or an input overflowed")
     return scores
 
 
@@ -158,5 +172,6 @@ def next_move_accuracy(
         raise ValueError(f"completions {sorted(strange)} are not among the labels {labels}")
     prompts = [r["prompt"] for r in records]
     scores = next_move_scores(model, tokenizer, prompts, labels, batch_size, max_length, progress)
-    truth = torch.tensor([labels.index(r["completion"]) for r in records])
-    return (scores.argmax(1) == truth).float().mean().item()
+    truth = torch.tensor([[labels.index(r["completion"])] for r in records])  # (records, 1)
+    others = scores.scatter(1, truth, -torch.inf).amax(1)
+    return (scores.gather(1, truth)[:, 0] > others).float().mean().item()

@@ -9,7 +9,6 @@ Copy this file: it needs only torch.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def token_losses(model: Any, tokens: Tensor, window: int = 512, stride: int = 25
     Raises
     ------
     ValueError
-        On fewer than two tokens or a bad window or stride.
+        On fewer than two tokens, a bad window or stride, or logits that are NaN.
     """
     ids = tokens.reshape(-1)
     if ids.numel() < 2:
@@ -52,6 +51,8 @@ def token_losses(model: Any, tokens: Tensor, window: int = 512, stride: int = 25
         piece = ids[start : start + window].to(device)
         logits = model(input_ids=piece[None]).logits[0, :-1].float()  # (length - 1, vocabulary)
         nll = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none")
+        if nll.isnan().any():
+            raise ValueError("the model's logits hold NaN: a weight, a scale or an input overflowed")
         losses.append(nll[done - start :].cpu())
         done = start + piece.numel() - 1
         if start + window >= ids.numel():
@@ -84,6 +85,6 @@ def perplexity(model: Any, tokens: Tensor, window: int = 512, stride: int = 256)
     was_training = model.training
     model.eval()
     try:
-        return math.exp(token_losses(model, tokens, window, stride).mean().item())
+        return token_losses(model, tokens, window, stride).double().mean().exp().item()
     finally:
         model.train(was_training)

@@ -87,6 +87,8 @@ class CompletionCollator:
         for record in records:
             answer = self.tokenizer(record["completion"], add_special_tokens=False).input_ids
             prompt = self.tokenizer(record["prompt"]).input_ids
+            if not (prompt and answer):
+                raise ValueError(f"prompt and completion need at least one token each, got {record!r}")
             rows.append(_fit(prompt, self.max_length - len(answer), "the completion") + answer)
             answers.append(len(answer))
         length = max(map(len, rows))
@@ -238,7 +240,7 @@ class ClozeCollator:
             rows.append(tok.build_inputs_with_special_tokens(_fit(prompt, room, "the mask") + tail)
                         if hasattr(tok, "build_inputs_with_special_tokens")
                         else [tok.cls_token_id, *_fit(prompt, room, "the mask"), *tail, tok.sep_token_id])  # fmt: skip
-        batch = tok.pad({"input_ids": rows}, return_tensors="pt")
+        batch = tok.pad({"input_ids": rows}, return_tensors="pt", padding_side="right")
         labels = torch.full_like(batch["input_ids"], IGNORE)
         answers = torch.tensor([self.answer_id(r["completion"]) for r in records])
         labels[torch.arange(len(rows)), [len(r) - 2 - len(tail) + 1 for r in rows]] = answers

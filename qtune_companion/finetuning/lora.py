@@ -25,6 +25,9 @@ from torch import Tensor, nn
 __all__ = ["LoRALinear", "add_lora_", "load_adapter_", "merge_lora_", "save_adapter"]
 
 _PREFIX = "base_model.model."
+_NOT_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
+              "alora_invocation_tokens")  # fmt: skip
+_LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal")  # PEFT's other ways to start change the base's weights
 
 
 class LoRALinear(nn.Module):
@@ -62,13 +65,10 @@ class LoRALinear(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if not (hasattr(base, "in_features") and hasattr(base, "out_features")):
-            raise TypeError(
-                f"base must be a linear layer with in_features and out_features, got {type(base).__name__}"
-            )
+            raise TypeError(f"base must have in_features and out_features, got {type(base).__name__}")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-        self.rank, self.alpha = rank, alpha
-        self.scaling = alpha / rank
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         reference = next(iter([*base.parameters(), *base.buffers()]))
         dtype = reference.dtype if reference.is_floating_point() else torch.float32
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=reference.device, dtype=dtype))
@@ -92,16 +92,17 @@ class LoRALinear(nn.Module):
         return torch.addmm(rows, low, self.lora_B.t(), alpha=self.scaling).view_as(y)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A dense ``nn.Linear`` that computes the same; summed in float32."""
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense ``nn.Linear`` that computes the same; summed in float32. A quantized base becomes ``dtype``."""
         weight: Any = self.base.weight
         dense = weight if isinstance(weight, Tensor) else weight.dequantize()
+        kept = dense.dtype if dtype is None or isinstance(weight, Tensor) else dtype
         update = self.lora_B.float() @ self.lora_A.float() * self.scaling
         bias: Any = self.base.bias
-        out = nn.Linear(self.in_features, self.out_features, bias is not None, "meta", dense.dtype)
-        out.weight = nn.Parameter((dense.float() + update).to(dense.dtype), requires_grad=False)
+        out = nn.Linear(self.in_features, self.out_features, bias is not None, "meta", kept)
+        out.weight = nn.Parameter((dense.float() + update).to(kept), requires_grad=False)
         if bias is not None:
-            out.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            out.bias = nn.Parameter(bias.detach().to(kept, copy=True), requires_grad=False)
         return out
 
 
@@ -135,7 +136,7 @@ def add_lora_(
     targets: str | Iterable[str] = "all-linear",
     dropout: float = 0.0,
 ) -> list[str]:
-    """Freeze ``model`` and wrap its linear layers in :class:`LoRALinear`, in place.
+    """Freeze ``model`` and wrap its linear layers in :class:`LoRALinear`, in place; return their names.
 
     Parameters
     ----------
@@ -145,11 +146,6 @@ def add_lora_(
         See :class:`LoRALinear`.
     targets : str or iterable of str
         ``"all-linear"`` (all but the output embedding), or whole names, or their last parts such as ``["q_proj", "v_proj"]``.
-
-    Returns
-    -------
-    list of str
-        Names of the wrapped layers.
 
     Raises
     ------
@@ -173,11 +169,13 @@ def add_lora_(
 def merge_lora_(model: nn.Module) -> int:
     """Replace every LoRA layer by a dense ``nn.Linear`` with the update added; return how many.
 
-    A quantized base is dequantized: the merged weight does not lie on the quantizer's grid.
+    A quantized base is dequantized, to the dtype of the model's other weights: it leaves the quantizer's grid.
     """
     layers = _lora_layers(model)
+    others = (p.dtype for n, p in model.named_parameters() if ".lora_" not in n and p.is_floating_point())
+    dtype = next(others, None)
     for name, layer in layers.items():
-        _replace(model, name, layer.merged())
+        _replace(model, name, layer.merged(dtype))
     return len(layers)
 
 
@@ -194,7 +192,7 @@ def _write_whole(path: Path, write: Any) -> None:
 def save_adapter(
     model: nn.Module, folder: str | Path, base_model: str | None = None, task_type: str | None = None
 ) -> Path:
-    """Write the adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write the adapter as PEFT does, ``adapter_config.json`` and ``adapter_model.safetensors``; return the folder.
 
     Parameters
     ----------
@@ -203,11 +201,6 @@ def save_adapter(
     folder : path, made when missing
     base_model, task_type : str, optional
         Name or folder of the base (default: the model config's), and PEFT's task, such as ``"CAUSAL_LM"``.
-
-    Returns
-    -------
-    Path
-        The folder.
 
     Raises
     ------
@@ -259,23 +252,29 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/adapter_config.json is broken ({error!r})") from error
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise ValueError(f"adapter {folder} uses {key}={config[key]!r}, which plain LoRA does not have")
+    foreign = {key: config.get(key) for key in _NOT_PLAIN}
+    if (start := config.get("init_lora_weights")) not in (True, False, None, *_LEAVE_THE_BASE):
+        foreign["init_lora_weights"] = start
+    for key in filter(foreign.get, foreign):
+        raise ValueError(f"adapter {folder} uses {key}={foreign[key]!r}, which plain LoRA does not have")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(
-            f"adapter {folder} is not plain LoRA: {config.get('peft_type')}, bias={config.get('bias')}"
-        )
+        raise ValueError(f"{folder} is not plain LoRA: {config.get('peft_type')}, bias={config.get('bias')}")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{folder}/adapter_model.safetensors is broken ({error})") from error
+    if strange := [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise ValueError(f"adapter {folder} is not plain LoRA: it holds {strange[0]}")
     names = sorted({k.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for k in tensors})
     present = _lora_layers(model)
     layers = present or _linear_layers(model)
     if missing := [n for n in names if n not in layers]:
         raise ValueError(
-            f"adapter {folder} is for another model: {len(missing)} layers are missing here, first {missing[0]!r}"
+            f"adapter {folder} is for another model: {len(missing)} layers are missing, as {missing[0]}"
+        )
+    if present and len(names) < len(present):
+        raise ValueError(
+            f"adapter {folder} has {len(names)} of the {len(present)} layers that carry LoRA here"
         )
     for name in names:
         r = present[name].rank if present else rank
@@ -286,15 +285,15 @@ def load_adapter_(model: nn.Module, folder: str | Path) -> list[str]:
                 raise ValueError(
                     f"adapter {folder} is for another model or rank: {name} lora_{key} is {got}, needs {shape}"
                 )
-    made_for = config.get("base_model_name_or_path")
     here = getattr(getattr(model, "config", None), "name_or_path", None)
-    if made_for and here and made_for != here:
+    if (made_for := config.get("base_model_name_or_path")) and here and made_for != here:
         warnings.warn(f"adapter {folder} was made for {made_for}, and this model is {here}", stacklevel=2)
     if not present:
         add_lora_(model, rank, alpha, names, config.get("lora_dropout", 0.0))
     for name in names:
         layer: Any = model.get_submodule(name)
-        layer.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        layer.alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+        layer.scaling = layer.alpha / rank
         for key in "AB":
             getattr(layer, f"lora_{key}").data.copy_(tensors[f"{_PREFIX}{name}.lora_{key}.weight"])
     return names

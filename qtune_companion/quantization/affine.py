@@ -43,7 +43,7 @@ class AffineParams:
     Attributes
     ----------
     scale : Tensor
-        Positive steps, one a block, shape ``ceil(shape / block_size)``.
+        Positive steps, one a block, shape ``ceil(shape / block_size)``, float32 or float64.
     zero_point : Tensor
         The code that stands for 0.0, int32, shaped like ``scale``.
     bits : int
@@ -68,7 +68,7 @@ class AffineParams:
 
 
 def _resolve(shape: torch.Size, block_size: tuple[int, ...]) -> tuple[int, ...]:
-    if len(block_size) != len(shape):
+    if not isinstance(block_size, tuple) or len(block_size) != len(shape):
         raise ValueError(f"block_size {block_size} does not fit {tuple(shape)}, which needs {len(shape)}")
     for b in block_size:
         if b != -1 and b < 1:
@@ -146,10 +146,12 @@ def choose_qparams(
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     if x.numel() == 0:
         raise ValueError(f"x is empty, shape {tuple(x.shape)}: there is no range to quantize")
-    block = _resolve(x.shape, block_size)
+    block, x = _resolve(x.shape, block_size), x.detach().to(torch.promote_types(x.dtype, torch.float32))
     low, high = _reduce(x, block, torch.amin), _reduce(x, block, torch.amax)
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("x holds NaN or infinity: mend the weights before quantizing them")
+    if not torch.isfinite(high - low).all():
+        raise ValueError(
+            "x holds NaN or infinity, or its range overflows: mend the weights before quantizing them"
+        )
     eps = torch.finfo(x.dtype).eps
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
@@ -184,7 +186,7 @@ def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
     blocks, inverse, zero = _aligned(x.detach(), params.block_size, 1.0 / params.scale, params.zero_point)
     steps = torch.round(blocks * inverse) + zero
     inside = (steps == steps.clamp(*params.code_range)).reshape(x.shape)
-    return x_hat + (x - x.detach()) * inside
+    return x_hat.to(x.dtype) + (x - x.detach()) * inside
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """AWQ: scale a layer's input channels, and clip its weights, so that rounding hurts the outputs least.
 
 A channel whose inputs are large deserves finer weights. Multiply its column of the weight by ``s_j`` before rounding
-and divide its input by it: Lin et al. 2023, "AWQ" (arXiv:2306.00978), equations 2 to 5; the clipping search follows
-their code. Fold the scales into the layer in front with ``fold_scales_`` (smoothquant.py). Explained in chapter 8.
+and divide its input by it: Lin et al. 2023, "AWQ" (arXiv:2306.00978), equations 2 to 5. The clipping search shrinks
+both ends of a block's range, as auto-round does. Fold the scales into the layer in front with ``fold_scales_`` (smoothquant.py). Explained in chapter 8.
 
 Copy this file: it needs only torch.
 
@@ -96,7 +96,7 @@ def awq_scales(weight: Tensor | Sequence[Tensor], inputs: Tensor, grid: Any, n_g
         scales = scales / (scales.max() * scales.min()).sqrt()
         loss = 0.0
         for w in weights:
-            error = grid.round(w * scales).div_(scales).sub_(w)  # (out, in)
+            error = (grid.round(w * scales) / scales).sub_(w)  # (out, in)
             loss += (inputs @ error.T).square_().sum().item()
         if loss < least:
             least, best = loss, scales

@@ -24,7 +24,7 @@ def _targets(model: nn.Module, names: Names) -> dict[str, nn.Module]:
     """The modules to watch, by name, after a check."""
     modules, owners = dict(model.named_modules()), dict[int, list[str]]()
     for name, module in modules.items():
-        if isinstance(weight := getattr(module, "weight", None), Tensor):
+        if (weight := module._parameters.get("weight")) is not None:  # its own, not the wrapped layer's
             owners.setdefault(weight.data_ptr(), []).append(name)
     tied = {name: together for together in owners.values() for name in together if len(together) > 1}
     if names is None:
@@ -60,19 +60,20 @@ def _watch(model: nn.Module, batches: Batches, names: Names, note: Callable[[str
             idle.pop(name, None)
             note(name, x.flatten(0, -2))
 
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    was_training = model.training
+    tensors = [*model.parameters(), *model.buffers()]
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     handles = [m.register_forward_pre_hook(partial(look, n), with_kwargs=True) for n, m in targets.items()]
     try:
         for batch in batches:
             tokens += batch.numel()
             if batch.numel():
-                model(batch.to(device))
+                model(batch.to(tensors[0].device) if tensors else batch)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
     if tokens == 0:
         raise ValueError("no calibration text: batches is empty, or a generator that was read before")
     if idle:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ def lloyd_max(samples: Tensor, bits: int, iterations: int = 100) -> Tensor:
     for _ in range(iterations):
         cell = torch.bucketize(x, (table[:-1] + table[1:]) / 2)
         count = torch.bincount(cell, minlength=table.numel())
-        total = torch.zeros_like(table).index_add_(0, cell, x)
-        new = torch.where(count > 0, total / count.clamp(min=1), table)
+        total = torch.zeros_like(table, dtype=torch.float64).index_add_(0, cell, x.double())
+        new = torch.where(count > 0, (total / count.clamp(min=1)).to(table), table)
         if torch.equal(new, table):
             break
         table = new
@@ -98,12 +98,11 @@ def _nearest(values: Tensor, table: Tensor) -> Tensor:
 
 def _blockwise_codes(flat: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Nearest-entry codes (n,) and absmax (blocks,) of a flat float32 tensor; ``table`` ascends."""
-    n = flat.numel()
-    whole = n - n % block_size
+    whole = flat.numel() // block_size * block_size
     blocks = flat[:whole].view(-1, block_size)  # (blocks, block)
     absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
     scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp_(-1, 1).reshape(-1)
-    if whole < n:  # a short last block; bitsandbytes divides here, and keeps the clamped absmax
+    if whole < flat.numel():  # a short last block; bitsandbytes divides here, and keeps the clamped absmax
         last = flat[whole:].abs().amax().clamp(min=_TINY)
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, (flat[whole:] / last).clamp(-1, 1)])
@@ -230,8 +229,8 @@ class CodebookGrid:
 
     def fit(self, weight: Tensor) -> CodebookGrid:
         """A grid whose scales fit ``weight``."""
-        _, absmax = self._codes(weight)
-        return CodebookGrid(self.codebook, self.block_size, self.double_quant, absmax)
+        _, absmax = replace(self, absmax=None)._codes(weight)
+        return replace(self, absmax=absmax)
 
     def round(self, weight: Tensor) -> Tensor:
         """``weight`` moved to the nearest grid points, same shape and dtype."""
@@ -242,10 +241,11 @@ class CodebookGrid:
         if self.codebook.numel() != 16:
             raise ValueError(f"4-bit codes need a codebook of 16 values, got {self.codebook.numel()}")
         codes, absmax = self._codes(weight)
-        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7 if self.codebook is NF4 else 0)
+        is_nf4 = torch.equal(self.codebook.cpu(), NF4)
+        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7 if is_nf4 else 0)
         packed = codes[::2] << 4 | codes[1::2]
         scales = DoubleQuantized.encode(absmax) if self.double_quant else absmax
-        kind = NF4Tensor if self.codebook is NF4 else CodebookTensor
+        kind = NF4Tensor if is_nf4 else CodebookTensor
         return kind(packed, scales, tuple(weight.shape), weight.dtype, self.block_size, self.codebook)
 
     def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,10 +255,12 @@ class CodebookGrid:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
         if weight.numel() == 0:
             raise ValueError(f"weight is empty, shape {tuple(weight.shape)}")
-        if not all(extreme.isfinite() for extreme in weight.aminmax()):
-            raise ValueError("weight holds NaN or infinity: mend it before quantizing")
-        table, order = self.codebook.to(weight.device, torch.float32).sort(stable=True)
         flat = weight.detach().reshape(-1).float()
+        if not all(extreme.isfinite() for extreme in flat.aminmax()):
+            raise ValueError("weight holds NaN or infinity (as float32): mend it before quantizing")
+        table, order = self.codebook.to(weight.device, torch.float32).sort(stable=True)
+        if table[0] < -1 or table[-1] > 1:
+            raise ValueError(f"a codebook lies in [-1, 1], got {table[0]:g} to {table[-1]:g}: rescale it")
         if self.absmax is None:
             codes, absmax = _blockwise_codes(flat, table, self.block_size)
         else:

@@ -179,6 +179,12 @@ class BlockFormat:
     scales: Tensor | None = None  # uint8, one code a block, (..., in / block_size)
     tensor_scale: Tensor | None = None  # float32 scalar, with "e4m3" only
 
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.scale not in ("e8m0", "e4m3"):
+            raise ValueError(
+                f"need block_size >= 1 and scale e8m0 or e4m3, got {self.block_size}, {self.scale!r}"
+            )
+
     def block_scales(self) -> Tensor:
         """Float32 values of ``scales``; raises ValueError before ``fit``. E8M0's code 255 is NaN."""
         if self.scales is None:

@@ -54,19 +54,21 @@ def _rounder(grid: Any, fitted: Any, group: Tensor, index: int) -> Callable[[Ten
     the few operations that it takes. Of any other grid we know that it rounds each number by itself, so it may
     round the column as often as its group is wide.
     """
-    if (params := getattr(fitted, "params", None)) is not None:  # affine, in few operations
+    known: list[Any] = [getattr(fitted, name, None) for name in ("params", "absmax", "scales")]
+    params, absmax, scales = known
+    if hasattr(params, "zero_point"):  # affine, in few operations
         scale, zero = (
             t[:, index].repeat_interleave(params.block_size[0])[: len(group)]
             for t in (params.scale, params.zero_point.to(params.scale))
         )
         inverse, (low, high) = 1.0 / scale, params.code_range
         return lambda column: (column * inverse).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-    if (absmax := getattr(fitted, "absmax", None)) is not None:
+    if isinstance(absmax, Tensor) and hasattr(fitted, "codebook"):
         absmax = absmax.view(len(group), -1)[:, index]
         table = fitted.codebook.to(absmax).sort(stable=True).values
         middles, spread = (table[:-1] + table[1:]) / 2, absmax.clamp(min=1e-38)
         return lambda column: table[torch.bucketize((column / spread).clamp_(-1, 1), middles)] * absmax
-    if (scales := getattr(fitted, "scales", None)) is not None:
+    if isinstance(scales, Tensor) and hasattr(fitted, "element"):
         width = 2  # two codes of four bits fill a byte
         thin = replace(fitted, scales=scales[:, index : index + 1], block_size=width)
     else:

@@ -123,6 +123,8 @@ def hqq(
         raise ValueError(f"weight must be (out, in), finite and not empty, got shape {tuple(weight.shape)}")
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits}")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
     size = block_size[-1] if block_size[-1] != -1 else weight.shape[1]
     if len(block_size) != 2 or block_size[0] != 1 or size < 1 or weight.shape[1] % size:
         raise ValueError(f"block_size must be (1, g) with g a divisor of {weight.shape[1]}, got {block_size}")

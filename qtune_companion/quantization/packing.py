@@ -53,12 +53,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         bad = codes[(codes < 0) | (codes >= 2**bits)].flatten()[0].item()
         raise ValueError(f"code {bad} does not fit in {bits} bits (0 to {2**bits - 1})")
-    flat = codes.reshape(-1).to(torch.uint8)
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream = ((flat[:, None] >> shifts) & 1).reshape(-1)  # (codes * bits,) of 0 and 1
-    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)  # (bytes, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (stream * weights).sum(1, dtype=torch.int32).to(torch.uint8)
+    eights = torch.nn.functional.pad(codes.reshape(-1), (0, -codes.numel() % 8)).view(-1, 8).int()
+    word = torch.zeros_like(eights[:, 0])  # eight codes: at most 32 bits
+    for i, code in enumerate(eights.unbind(1)):
+        word |= code << bits * i
+    packed = torch.stack([word >> 8 * i & 255 for i in range(bits)], 1).to(torch.uint8)
+    return packed.flatten()[: -(-codes.numel() * bits // 8)]
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -88,7 +88,10 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
     if not 0 <= count * bits <= packed.numel() * 8:
         raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed.reshape(-1)[:, None] >> shifts) & 1).reshape(-1)[: count * bits].view(count, bits)
-    weights = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream * weights).sum(1, dtype=torch.int32).to(torch.uint8)
+    flat = packed.reshape(-1)[: -(-count * bits // 8)]
+    words = torch.nn.functional.pad(flat, (0, -len(flat) % bits)).view(-1, bits).int()
+    word = torch.zeros_like(words[:, 0])
+    for i, byte in enumerate(words.unbind(1)):
+        word |= byte << 8 * i
+    codes = torch.stack([word >> bits * i & 2**bits - 1 for i in range(8)], 1)
+    return codes.flatten()[:count].to(torch.uint8)

@@ -106,15 +106,19 @@ def choose_range(
     if method not in ("minmax", "percentile", "mse"):
         raise ValueError(f"method must be minmax, percentile, mse or (if symmetric) kl, got {method!r}")
     ordered = (x.abs() if symmetric else x).sort(1).values
-    cut = int(x.shape[1] * (1 - percentile / 100) / (1 if symmetric else 2)) if method == "percentile" else 0
+    clipped = x.shape[1] * (100 - percentile) / 100 + 1e-6  # of 1,000 at 99.9: 1, not 0.9999999
+    cut = int(clipped / (1 if symmetric else 2)) if method == "percentile" else 0
     high = ordered[:, -1 - cut, None].clamp(min=0)
     low = -high if symmetric else ordered[:, cut, None].clamp(max=0)
     if method == "mse":
+        x, low, high = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, low, high))
+        unit = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x, low, high = x / unit, low / unit, high / unit  # whose squares neither vanish nor overflow
         best, keep = _error(x, low, high, bits, symmetric), torch.ones_like(high)
         for step in range(1, steps):
             shrink = 0.01 ** (step / steps)
             error = _error(x, low * shrink, high * shrink, bits, symmetric)
             keep = torch.where(error < best, shrink, keep)
             best = torch.minimum(best, error)
-        low, high = low * keep, high * keep
+        low, high = ((end * keep * unit).to(ordered.dtype) for end in (low, high))
     return low, high

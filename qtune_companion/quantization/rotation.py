@@ -36,6 +36,12 @@ def _factors(n: int) -> tuple[Tensor, ...]:
     return ()
 
 
+def _known_factors(n: int) -> tuple[Tensor, ...]:
+    if not (factors := _factors(n)):
+        raise ValueError(f"no Hadamard matrix of order {n} here: no product of 2 and q + 1, q prime, 3 mod 4")
+    return factors
+
+
 def hadamard(n: int) -> Tensor:
     """Hadamard matrix, float32 (n, n): entries ±1 and orthogonal rows, ``H @ H.T == n * I``.
 
@@ -48,9 +54,7 @@ def hadamard(n: int) -> Tensor:
     >>> torch.equal(h @ h.T, 12 * torch.eye(12)), h.unique().tolist()
     (True, [-1.0, 1.0])
     """
-    if not _factors(n):
-        raise ValueError(f"no Hadamard matrix of order {n} here: no product of 2 and q + 1, q prime, 3 mod 4")
-    return functools.reduce(torch.kron, _factors(n))
+    return functools.reduce(torch.kron, _known_factors(n))
 
 
 class HadamardTransform(nn.Module):
@@ -58,13 +62,15 @@ class HadamardTransform(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.n, self.factors = len(hadamard(n)), _factors(n)
+        self.n, self.factors = n, _known_factors(n)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = x.unflatten(-1, [len(factor) for factor in self.factors])
-        for factor in self.factors:  # takes the first of these axes, puts its result last
-            y = torch.tensordot(y, factor.to(y), dims=([x.ndim - 1], [0]))
-        return y.reshape(x.shape) / self.n**0.5
+        for (
+            factor
+        ) in self.factors:  # takes the first of these axes, puts its result last; float16 must not overflow
+            y = torch.tensordot(y, factor.to(y) / len(factor) ** 0.5, dims=([x.ndim - 1], [0]))
+        return y.reshape(x.shape)
 
 
 @torch.no_grad()
@@ -73,7 +79,7 @@ def rotate_(model: Any, online: bool = True, q: Tensor | None = None) -> Tensor:
 
     Norm weights are folded into the layers that read them, a tied output layer is untied, the residual
     stream h becomes h Q, and each head's values are turned by a Hadamard matrix. Returns Q, float64.
-    ValueError, and no change, on norms that are not two RMSNorms a layer, a size without H, or a bad Q.
+    ValueError, and no change, on other layers, norms that are not two RMSNorms a layer, a size without H, a bad Q.
 
     Parameters
     ----------
@@ -86,6 +92,17 @@ def rotate_(model: Any, online: bool = True, q: Tensor | None = None) -> Tensor:
         Orthogonal, (hidden, hidden). Default: a Hadamard matrix whose rows got random signs (seed 0).
     """
     body, head, embed = model.model, model.lm_head, model.model.embed_tokens
+    parts = {
+        "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp": ("gate_proj", "up_proj", "down_proj"),
+    }
+    for i, block in enumerate(body.layers):
+        for where, leaves in parts.items():
+            for leaf in leaves:
+                if not hasattr(getattr(getattr(block, where, None), leaf, None), "in_features"):
+                    raise ValueError(
+                        f"layer {i} has no linear layer {where}.{leaf}: not Llama's kind, or rotated already"
+                    )
     hidden, size = embed.weight.shape[1], body.layers[0].self_attn.head_dim
     width = body.layers[0].mlp.down_proj.in_features if online else 1
     fast, per_head, inner = (HadamardTransform(n) for n in (hidden if q is None else 1, size, width))

@@ -43,7 +43,8 @@ def smooth_scales(
     Raises
     ------
     ValueError
-        On shapes that do not fit, alpha outside 0 … 1, or maxima that are negative, NaN or infinite.
+        On shapes that do not fit, alpha outside 0 … 1, or maxima that are negative, NaN or infinite; TypeError on
+        integer maxima.
 
     Examples
     --------
@@ -52,6 +53,8 @@ def smooth_scales(
     tensor([4.0000, 0.5000])
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not act_absmax.is_floating_point():
+        raise TypeError(f"act_absmax must be floating point, got {act_absmax.dtype}")
     if not weights or any(w.ndim != 2 or w.shape[1:] != act_absmax.shape for w in weights):
         shapes = [tuple(w.shape) for w in weights]
         raise ValueError(
@@ -75,7 +78,7 @@ def fold_scales_(before: Any, after: Any, scales: Tensor) -> None:
     Parameters
     ----------
     before : nn.Module
-        A norm with a weight (n,), or a linear layer with (n, in); a bias is divided too.
+        A norm that multiplies by its weight (n,), or a linear layer with (n, in); a bias is divided too.
     after : nn.Module or sequence of nn.Module
         All the linear layers that read it, weights (out, n). One left out would compute something else.
     scales : Tensor
@@ -84,7 +87,8 @@ def fold_scales_(before: Any, after: Any, scales: Tensor) -> None:
     Raises
     ------
     ValueError
-        When the shapes do not fit, or a scale is not positive and finite.
+        When the shapes do not fit, a scale is not positive and finite, or a norm does not multiply by its weight
+        (Gemma's multiply by 1 more). Then nothing is changed.
     """
     layers: list[Any] = [after] if isinstance(after, nn.Module) else list(after)
     n = before.weight.shape[0]
@@ -93,6 +97,18 @@ def fold_scales_(before: Any, after: Any, scales: Tensor) -> None:
         raise ValueError(f"{tuple(scales.shape)} scales do not fit {n} channels and weights {shapes}")
     if not (torch.isfinite(scales).all() and (scales > 0).all()):
         raise ValueError("scales must be positive and finite: take them from smooth_scales")
+    if before.weight.ndim == 1 and isinstance(before, nn.Module):
+        norm: Any = before
+        probe, own = torch.linspace(-1, 2, n).to(norm.weight).view(1, n), norm.weight.detach().clone()
+        bias = 0 if getattr(norm, "bias", None) is None else norm.bias
+        once = norm(probe) - bias
+        norm.weight.mul_(2)
+        twice = norm(probe) - bias
+        norm.weight.copy_(own)
+        if (twice - 2 * once).abs().max() > 0.02 * once.abs().max():
+            raise ValueError(
+                f"{type(norm).__name__} does not multiply by its weight: it cannot take the scales"
+            )
     column = scales.view(-1, *[1] * (before.weight.ndim - 1))  # (n,) for a norm, (n, 1) for a linear layer
     before.weight.div_(column.to(before.weight))
     if getattr(before, "bias", None) is not None:

@@ -104,3 +104,33 @@ def test_gives_the_inputs_dtype_and_takes_strides():
 def test_bad_input_is_named(x, bits, block, error, words):
     with pytest.raises(error, match=words):
         choose_qparams(x, bits, block)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "block"), [(8, -1), (4, 32)])
+def test_half_precision_weights_are_rounded_as_well_as_float32(dtype, bits, block):
+    w = (torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    grid = AffineGrid(bits, (1, block))
+    same = grid.encode(w).dequantize(torch.float32) - grid.encode(w.float()).dequantize()
+    assert not same.any()
+    assert grid.round(w).dtype == dtype
+    assert torch.isfinite(AffineGrid(4, (1, -1)).round(torch.tensor([[-4e4, 4e4, 1.0]], dtype=dtype))).all()
+
+
+def test_a_range_that_overflows_is_refused():
+    with pytest.raises(ValueError, match="range overflows"):
+        AffineGrid(4, (1, -1)).round(torch.tensor([[-3e38, 3e38]]))
+
+
+def test_blocks_of_zeros_stay_zero():
+    for symmetric in (False, True):
+        grid = AffineGrid(4, (1, 2), symmetric)
+        assert torch.equal(grid.round(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))[:, :2], torch.zeros(1, 2))
+
+
+def test_the_gradient_passes_by_the_scales():
+    w = torch.randn(2, 8, requires_grad=True)
+    upstream = torch.arange(16.0).view(2, 8)
+    fake_quantize(w, choose_qparams(w, 4, (1, -1))).backward(upstream)
+    assert torch.equal(w.grad, upstream)
+    assert not AffineGrid(4, (1, -1)).encode(w).scale.requires_grad

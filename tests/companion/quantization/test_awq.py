@@ -154,3 +154,14 @@ def test_bad_input_is_named():
     for shrink in (0.01, 1.5, -1.0):
         with pytest.raises(ValueError, match=f"got {shrink}"):
             awq_clip(w, x, GRID, 32, max_shrink=shrink)
+
+
+def test_the_grids_own_tensor_is_not_written_to():
+    kept = torch.ones(4, 8)
+
+    class Cached:
+        def round(self, w):
+            return kept
+
+    awq_scales(torch.randn(4, 8), torch.randn(16, 8), Cached(), n_grid=3)
+    assert torch.equal(kept, torch.ones(4, 8))

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qtune_companion.finetuning.lora import add_lora_
 from qtune_companion.quantization.calibration import collect_absmax, collect_hessians, collect_inputs
 
 
@@ -123,3 +124,19 @@ def test_inputs_are_kept_as_they_were_when_the_layer_read_them():
     assert torch.equal(inputs["second"], 3 * x)
     hessians = collect_hessians(Reuses(), [x])
     assert torch.allclose(hessians["second"], 9 * hessians["first"], rtol=1e-4)
+
+
+def test_layers_behind_adapters_are_calibrated(tiny_llm):
+    plain = list(collect_absmax(tiny_llm, [torch.arange(8)[None]]))
+    add_lora_(tiny_llm, 2, 4)
+    behind = collect_absmax(tiny_llm, [torch.arange(8)[None]])
+    assert {name.removesuffix(".base") for name in behind} == set(plain)
+
+
+def test_every_module_keeps_its_mode():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.9), torch.nn.Linear(2, 2)).train()
+    model[1].eval()
+    seen = collect_absmax(model, [torch.ones(1, 2)])
+    assert [m.training for m in model] == [True, False, True]
+    model[1].train()
+    assert torch.equal(collect_absmax(model, [torch.ones(1, 2)])["2"], seen["2"])  # no dropout while it runs

@@ -105,3 +105,29 @@ def test_bad_input_is_named():
         CodebookGrid(NF4[:8]).encode(torch.ones(4))
     with pytest.raises(ValueError, match="2 distinct samples cannot fill 16"):
         lloyd_max(torch.tensor([1.0, 2.0]), 4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_fitted_grid_can_be_fitted_again(double_quant):
+    w = weight((4, 64))
+    again = CodebookGrid(NF4, 64, double_quant).fit(w).fit(3 * w)
+    assert torch.equal(again.absmax, CodebookGrid(NF4, 64).fit(3 * w).absmax)
+    assert again.double_quant is double_quant
+
+
+def test_lloyd_max_counts_millions_of_samples_right():
+    samples = torch.linspace(0, 1, 8_000_000)
+    torch.testing.assert_close(
+        lloyd_max(samples, 1, iterations=3), torch.tensor([0.25, 0.75]), rtol=0, atol=1e-4
+    )
+
+
+def test_a_codebook_beyond_one_and_weights_beyond_float32_are_refused():
+    with pytest.raises(ValueError, match=r"lies in \[-1, 1\], got -2 to 2"):
+        CodebookGrid(torch.linspace(-2, 2, 16)).encode(weight((4, 64)))
+    with pytest.raises(ValueError, match="as float32"):
+        quantize_nf4(torch.tensor([1e300, 1.0], dtype=torch.float64))
+
+
+def test_a_copy_of_the_table_is_nf4_too():
+    assert type(CodebookGrid(NF4.clone(), 64).encode(weight((3, 5)))).__name__ == "NF4Tensor"

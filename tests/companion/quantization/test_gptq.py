@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qtune_companion.quantization.affine import AffineGrid
-from qtune_companion.quantization.codebook import NF4, CodebookGrid
+from qtune_companion.quantization.codebook import FP4, NF4, CodebookGrid
 from qtune_companion.quantization.formats import MXFP4, MXFP8, NVFP4
 from qtune_companion.quantization.gptq import gptq
 
@@ -16,7 +16,10 @@ GRIDS = {
     "whole": AffineGrid(4, (-1, -1)),
     "tiles": AffineGrid(3, (4, 16)),
     "8 bits": AffineGrid(8, (1, 64)),
+    "uneven tiles": AffineGrid(3, (3, 16)),
     "nf4": CodebookGrid(NF4, 64),
+    "fp4": CodebookGrid(FP4, 64),
+    "nf4-dq": CodebookGrid(NF4, 64, double_quant=True),
     "mxfp4": MXFP4,
     "mxfp8": MXFP8,
     "nvfp4": NVFP4,
@@ -100,9 +103,10 @@ class Stranger:
         return self.inner.encode(weight)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in GRIDS if name != "nvfp4"]
-)  # its one scale is the whole tensor's
+WHOLE = ("nvfp4", "nf4-dq")  # what their scales are depends on the whole tensor
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name not in WHOLE])
 @pytest.mark.parametrize("static", [False, True])
 def test_a_stranger_gives_the_same(name, static):
     weight, hessian = layer()

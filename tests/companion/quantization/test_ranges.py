@@ -110,3 +110,18 @@ def test_bad_input_is_named(x, options, words):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="int64"):
         choose_range(torch.ones(1, 4, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 1e-3), (torch.float16, 1e3), (torch.float32, 1e-25)]
+)
+def test_mse_does_not_depend_on_the_units(dtype, size):
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    high = choose_range((x * size).to(dtype), 4)[1].float() / size
+    torch.testing.assert_close(high, choose_range(x, 4)[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("n", [1000, 2000, 3000, 10_000])
+def test_percentile_clips_a_whole_number_of_elements(n):
+    x = torch.arange(1.0, n + 1)[None]
+    assert choose_range(x, 4, "percentile")[1].item() == n - n // 1000

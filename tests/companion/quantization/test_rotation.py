@@ -152,3 +152,20 @@ def test_what_cannot_be_rotated_is_named_and_left_unchanged():
         with pytest.raises(ValueError, match=words):
             rotate_(model, **options)
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_half_precision_does_not_overflow():
+    turned = HadamardTransform(1536)(torch.full((1536,), 60.0, dtype=torch.float16))
+    assert torch.isfinite(turned).all()
+
+
+def test_other_layers_and_a_second_turn_are_refused_whole(tiny_llm):
+    before = {k: v.clone() for k, v in tiny_llm.state_dict().items()}
+    attention, tiny_llm.model.layers[1].self_attn = tiny_llm.model.layers[1].self_attn, torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"layer 1 has no linear layer self_attn\.q_proj"):
+        rotate_(tiny_llm)
+    tiny_llm.model.layers[1].self_attn = attention
+    assert all(torch.equal(v, before[k]) for k, v in tiny_llm.state_dict().items())
+    rotate_(tiny_llm)
+    with pytest.raises(ValueError, match="rotated already"):
+        rotate_(tiny_llm)

@@ -81,3 +81,28 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match="positive and finite"):
             fold_scales_(norm, layer, torch.tensor([1.0, bad, 1.0, 1.0]))
     assert torch.equal(layer.weight, kept)
+
+
+class OneMore(torch.nn.Module):
+    """As Gemma's norms: multiplies by 1 + weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), 0.5))
+
+    def forward(self, x):
+        return x * (1 + self.weight)
+
+
+def test_a_norm_that_does_not_multiply_by_its_weight_is_refused_whole():
+    norm, layer = OneMore(), torch.nn.Linear(4, 2)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="OneMore does not multiply by its weight"):
+        fold_scales_(norm, layer, torch.full((4,), 2.0))
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(norm.weight, torch.full((4,), 0.5))
+
+
+def test_integer_maxima_are_refused():
+    with pytest.raises(TypeError, match=r"act_absmax must be floating point, got torch\.int64"):
+        smooth_scales(torch.ones(1, 2), torch.tensor([16, 1]))
