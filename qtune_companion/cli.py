@@ -77,9 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--scheme", default="none", choices=["nf4", "nf4-dq", "int8", "int4", "none"], help="base"
     )
-    check.add_argument("--split", default="test", help="of the castle speeches: test, fresh, validation ...")
+    check.add_argument(
+        "--split",
+        default="test",
+        help="of the castle speeches (test, fresh, validation ...), or of your data where it names splits",
+    )
     check.add_argument("--data", help="your own JSON lines instead")
+    check.add_argument("--moves", help="comma-separated answers, each one token; default: the Count's eight")
     return parser
+
+
+def _moves(args: argparse.Namespace) -> tuple[str, ...]:
+    """The answers that the reader named."""
+    return tuple(m.strip() for m in args.moves.split(",")) if args.moves else ()
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -90,7 +100,7 @@ def _finetune(args: argparse.Namespace) -> None:
     values = {k: v for k, v in vars(args).items() if k in fields}
     values["scheme"] = None if args.scheme == "none" else args.scheme
     values["train_on"] = tuple(args.train_on.split("+"))
-    values["moves"] = tuple(m.strip() for m in args.moves.split(",")) if args.moves else MOVES
+    values["moves"] = _moves(args) or MOVES
     result = finetune(FinetuneConfig(**values))
     ledger = result.ledger
     print("\nMemory ledger (MiB)")
@@ -122,13 +132,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .models import load_model, load_tokenizer
     from .surgery import quantize_
 
-    rows = load_records(args.data) if args.data else load_speeches("castle", args.split)
+    moves = _moves(args) or MOVES
+    rows = load_records(args.data, moves) if args.data else load_speeches("castle", args.split)
+    if args.data and any(rows["split"]):
+        rows = rows.select([i for i, split in enumerate(rows["split"]) if split == args.split])
+        if not len(rows):
+            raise ValueError(
+                f"{args.data} has no records for the split {args.split}: name another by --split"
+            )
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     if args.scheme != "none":
         print(quantize_(model, args.scheme))
     if args.adapter:
         load_adapter_(model, args.adapter)
-    accuracy = next_move_accuracy(model, tokenizer, to_prompts(rows), [f" {m}" for m in MOVES], progress=tqdm)
+    accuracy = next_move_accuracy(model, tokenizer, to_prompts(rows), [f" {m}" for m in moves], progress=tqdm)
     print(f"Accuracy {accuracy:.1%} on {len(rows)} records")
 
 
@@ -144,19 +161,19 @@ def _peak_bytes() -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 2 on bad input, 130 when interrupted."""
-    from .models import available_models
-
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if args.model in available_models() or Path(args.model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network unless a hub id is named
     try:
+        from .models import available_models
+
+        if args.model in available_models() or Path(args.model).is_dir():
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network unless a hub id is named
         {"finetune": _finetune, "evaluate": _evaluate}[args.command](args)
     except (ValueError, TypeError, OSError) as error:
         print(f"qtune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qtune: interrupted; go on with --resume", file=sys.stderr)
+        print(f"qtune: interrupted{'; go on with --resume' * (args.command == 'finetune')}", file=sys.stderr)
         return 130
     return 0
 

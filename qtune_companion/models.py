@@ -90,6 +90,11 @@ def _check(path: Path, name: str) -> None:
             )
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model has all of its files."""
+    return all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Dequantize a GGUF file into a Hugging Face folder, written aside and renamed whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,10 +114,12 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(aside)
+        if folder.exists() and not _is_whole(folder):  # files were taken from it
+            shutil.rmtree(folder)
         try:
             aside.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # not another process that was faster
+            if not _is_whole(folder):  # not another process that was faster
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -129,6 +136,8 @@ def model_folder(name: str) -> str:
         When the wheel's file has the wrong checksum, or the name is unknown.
     """
     if name not in _EMBEDDED:
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise FileNotFoundError(f"there is no folder {name}")
         if Path(name).is_dir() or "/" in name or name.startswith("bert-"):
             return name
         raise ValueError(
@@ -141,7 +150,7 @@ def model_folder(name: str) -> str:
         _check(path, name)
         return str(path.parent)
     folder = cache_folder() / f"{name}-{model.sha256[:12]}"
-    if not (folder / "config.json").is_file():
+    if not _is_whole(folder):
         path = _wheel_file(name)
         _check(path, name)
         _convert_gguf(path, folder)
@@ -176,7 +185,7 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     Returns
     -------
     PreTrainedModel
-        In eval mode.
+        In eval mode. The file of ``minilm-l6`` holds no language-modeling head: its head is new and random.
 
     Raises
     ------

@@ -6,13 +6,10 @@ Chapters 13 and 15 walk through it; ``qtune finetune`` runs it.
 from __future__ import annotations
 
 import functools
-import json
-import math
-import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from .checks import check_run, remember_run
 from .dracula import MOVES, PROMPT, load_records, load_speeches, to_prompts
 from .evaluation.next_move import context_length, label_ids, next_move_accuracy
 from .finetuning.collators import CompletionCollator, completion_loss
@@ -108,73 +106,14 @@ def _splits(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     parts = []
     for names in (config.train_on, ("test",)):
         keep = [i for i, split in enumerate(rows["split"]) if split in names]
+        if not keep and len(rows) < 2:
+            raise ValueError(
+                f"{config.data} holds one record: one to learn from and one to test are the least"
+            )
         if not keep:
             raise ValueError(f"{config.data} has no records for the split {' or '.join(names)}")
         parts.append(prompts.select(keep))
     return parts[0], parts[1]
-
-
-def _check(config: FinetuneConfig) -> Path:
-    """Refuse bad values before any work is done; return the output folder, made and writable."""
-    for name in ("rank", "epochs", "batch_size", "save_steps", "max_length", "prompt_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("average", "among", "warmup"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(config, name)}")
-    for name in ("prompt_weight", "weight_decay"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)}")
-    for name in ("lr", "alpha"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed must be 0 to {2**32 - 1}, got {config.seed}")
-    if not config.train_on or set(config.train_on) - {"train", "validation", "extra", "families"}:
-        raise ValueError(
-            "train_on must name train, validation, extra, families or several, got "
-            f"{'+'.join(config.train_on)!r}"
-        )
-    if config.compute not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"compute must be auto, bf16 or fp32, got {config.compute!r}")
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file: name a folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output {output} is not writable ({error.strerror})") from error
-    checkpoint = newest_checkpoint(output / "checkpoints")
-    if checkpoint and not config.resume:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        if state["global_step"] >= state["max_steps"]:
-            raise ValueError(f"{output} holds a finished run ({checkpoint.name}): name another folder")
-        raise ValueError(
-            f"{output} holds an unfinished run ({checkpoint.name}): resume it, or name another folder"
-        )
-    return output
-
-
-def _remember(config: FinetuneConfig, output: Path) -> None:
-    """Write the run's settings; refuse to resume with others, which would not be the same run."""
-    path = output / "run.json"
-    mine = {k: v for k, v in asdict(config).items() if k not in ("resume", "progress", "output", "max_steps")}
-    mine = json.loads(json.dumps(mine))
-    if config.resume and path.is_file():
-        theirs = json.loads(path.read_text())
-        changed = [k for k in mine if theirs.get(k) != mine[k]]
-        if changed:
-            raise ValueError(
-                f"cannot resume {output}: {', '.join(f'{k} was {theirs.get(k)!r}, now {mine[k]!r}' for k in changed)}"
-            )
-    aside = path.with_name(f".run.{os.getpid()}")
-    aside.write_text(json.dumps(mine, indent=2) + "\n")
-    aside.replace(path)
 
 
 def prepare(config: FinetuneConfig) -> tuple[Any, Any, float | None]:
@@ -186,6 +125,8 @@ def prepare(config: FinetuneConfig) -> tuple[Any, Any, float | None]:
             f"{config.model} is an encoder: this recipe trains causal LLMs (chapter 15 trains encoders)"
         )
     label_ids(tokenizer, [f" {move}" for move in config.moves])
+    if config.rank > (width := model.get_input_embeddings().weight.shape[1]):
+        raise ValueError(f"rank must be at most {width}, the width of {config.model}, got {config.rank}")
     bits = None
     if config.scheme is not None:
         bits = quantize_(model, config.scheme, compute_dtype=dtypes[config.compute]).bits_per_weight
@@ -245,10 +186,10 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
         On bad values, before anything is trained or written over; after a training that ran away to NaN.
     """
     start = time.perf_counter()
-    output = _check(config)
+    output = check_run(config)
     train, test = _splits(config)
-    _remember(config, output)
     model, tokenizer, bits = prepare(config)
+    remember_run(config, output)
     labels = [f" {move}" for move in config.moves]
     bar = _bar if config.progress else None
     room = context_length(model, tokenizer, config.max_length)
@@ -257,6 +198,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) 
     )
     train = train.add_column("length", [len(ids) for ids in tokenizer(list(train["prompt"])).input_ids])
     steps = config.epochs * -(-len(train) // config.batch_size)
+    steps = steps if config.max_steps == -1 else config.max_steps
     trainer = AdapterTrainer(
         model=model,
         args=training_arguments(config, output, steps),

@@ -90,7 +90,7 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}")
+        raise FileNotFoundError(f"{path} is a folder" if path.is_dir() else f"no data file {path}")
     rows: list[dict[str, Any]] = []
     without_split = ""  # the first such line
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -99,13 +99,15 @@ def load_records(path: str | Path, moves: Sequence[str] = MOVES) -> Dataset:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: needs an object with speech and move, got {type(row).__name__}")
         for field in ("speech", "move"):
             if not (isinstance(row.get(field), str) and row[field].strip()):
                 raise ValueError(f"{where}: needs a text field {field!r}, got {row.get(field)!r}")
+        if not row["speech"].isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in row["speech"]):
+            raise ValueError(f"{where}: the speech holds half a character (a lone surrogate)")
         if row["move"] not in moves:
             raise ValueError(f"{where}: move {row['move']!r} is not one of {', '.join(moves)}")
         split = row.get("split")

@@ -149,9 +149,7 @@ def choose_qparams(
     block, x = _resolve(x.shape, block_size), x.detach().to(torch.promote_types(x.dtype, torch.float32))
     low, high = _reduce(x, block, torch.amin), _reduce(x, block, torch.amax)
     if not torch.isfinite(high - low).all():
-        raise ValueError(
-            "x holds NaN or infinity, or its range overflows: mend the weights before quantizing them"
-        )
+        raise ValueError("x holds NaN or infinity, or its range overflows: mend it before quantizing")
     eps = torch.finfo(x.dtype).eps
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:

@@ -1,5 +1,6 @@
 """environment.yml, requirements/ and pyproject.toml say the same."""
 
+import importlib.metadata
 import re
 import tomllib
 
@@ -7,6 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from notebooks import ROOT
 
@@ -43,6 +45,18 @@ def test_lock_satisfies_every_declared_range():
         pinned = pins.get(canonicalize_name(requirement.name))
         assert pinned, f"{requirement.name} is not in requirements/lock.txt; run `make lock`"
         assert requirement.specifier.contains(pinned), f"{requirement} does not allow the locked {pinned}"
+
+
+def test_lock_can_be_installed_on_the_oldest_python():
+    """On 3.11.0; a package that is not installed here, such as another platform's, cannot be asked."""
+    oldest = Version(PROJECT["requires-python"].removeprefix(">=").split(",")[0] + ".0")
+    asked = {
+        canonicalize_name(d.name): d.metadata["Requires-Python"] for d in importlib.metadata.distributions()
+    }
+    assert asked.keys() >= {"torch", "beautifulsoup4", "soupsieve"}
+    pins = lock()
+    too_new = {n: asked[n] for n in pins if asked.get(n) and oldest not in SpecifierSet(asked[n])}
+    assert not too_new, f"these want a newer Python than {oldest}: {too_new}"
 
 
 def test_lock_has_nothing_of_one_machine():

@@ -38,7 +38,18 @@ def test_command_line(tiny, tmp_path, qtune):
     assert "Accuracy before" in run.stdout
     assert (out / "adapter_model.safetensors").is_file()
     with_adapter = ("evaluate", "--model", tiny / "model", "--adapter", out)
-    assert "on 56 records" in qtune(*with_adapter, "--data", tiny / "data.jsonl")[1]
+    assert "on 8 records" in qtune(*with_adapter, "--data", tiny / "data.jsonl")[1]
+    assert "on 48 records" in qtune(*with_adapter, "--data", tiny / "data.jsonl", "--split", "train")[1]
+    assert (
+        "has no records for the split fresh"
+        in qtune(*with_adapter, "--data", tiny / "data.jsonl", "--split", "fresh")[2]
+    )
+    said = qtune(*with_adapter, "--data", tiny / "data.jsonl", "--scheme", "int8")[1]
+    assert "14 layers: " in said
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"speech": "On.", "move": "stay"}\n{"speech": "Off.", "move": "leave"}')
+    assert "on 2 records" in qtune(*with_adapter, "--data", own, "--moves", "stay,leave")[1]
+    assert "move 'stay' is not one of" in qtune(*with_adapter, "--data", own)[2]
     assert "on 192 records" in qtune(*with_adapter, "--split", "fresh")[1]
     settings = out / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"r": 16', '"r": 8'))
@@ -56,6 +67,11 @@ def test_command_line_refuses_in_one_line(tmp_path, qtune):
     cases = {
         ("--data", broken): "line 2",
         ("--data", tmp_path / "none.jsonl"): "no data file",
+        ("--data", tmp_path): "is a folder",
+        ("--model", "x" * 5000): "",
+        ("--moves", "spy,,rest"): "none of them empty",
+        ("--epochs", "1" + 400 * "0"): "epochs must be at most 1,000,000",
+        ("--rank", 10**9): "rank must be at most 576",
         ("--output", occupied): "is a file",
         ("--model", "gpt5"): "unknown model",
         ("--rank", "abc"): "argument --rank: invalid int value: 'abc'; see qtune finetune --help",

@@ -119,3 +119,22 @@ def test_a_folder_works_as_a_name(tiny_llm, tmp_path):
     tiny_llm.save_pretrained(tmp_path)
     again = models.load_model(str(tmp_path))
     assert torch.equal(again.state_dict()["model.norm.weight"], tiny_llm.state_dict()["model.norm.weight"])
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_converted_model_that_lost_a_file_is_made_anew(tmp_path, monkeypatch, file):
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (made / name).write_text(name)
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_check", lambda path, name: None)
+    converted = []
+    monkeypatch.setattr(models, "_convert_gguf", lambda path, folder: converted.append(folder))
+    folder = tmp_path / "cache" / f"smollm2-135m-{models._EMBEDDED['smollm2-135m'].sha256[:12]}"
+    shutil.copytree(made, folder)
+    assert models.model_folder("smollm2-135m") == str(folder)
+    assert not converted
+    (folder / file).unlink()
+    models.model_folder("smollm2-135m")
+    assert converted == [folder]

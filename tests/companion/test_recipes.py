@@ -53,58 +53,6 @@ def test_killed_and_resumed_equals_uninterrupted(config, tiny, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_resuming_with_other_settings_is_refused(config, tmp_path):
-    finetune(config(tmp_path, max_steps=3, lr=1e-3))
-    with pytest.raises(ValueError, match=r"cannot resume .*: lr was 0\.001, now 0\.1"):
-        finetune(config(tmp_path, resume=True, lr=0.1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"prompt_weight": -0.1}, "prompt_weight must be 0 or more, got -0.1"),
-        ({"prompt_weight": float("inf")}, "prompt_weight must be 0 or more, got inf"),
-        ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
-        ({"average": 1.5}, "average must be a share, 0 to 1, got 1.5"),
-        ({"warmup": 2.0}, "warmup must be a share, 0 to 1, got 2.0"),
-        ({"alpha": float("nan")}, "alpha must be positive, got nan"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"seed": -1}, "seed must be 0 to 4294967295, got -1"),
-        ({"lr": float("inf")}, "lr must be positive, got inf"),
-        (
-            {"train_on": ("train", "test")},
-            r"train_on must name train, validation, extra, families or several, got 'train\+test'",
-        ),
-        ({"lr": -1.0}, "lr must be positive, got -1.0"),
-        ({"compute": "fp8"}, "got 'fp8'"),
-        ({"model": "nothing"}, "unknown model 'nothing'"),
-        ({"scheme": "nf5"}, "unknown scheme 'nf5'"),
-        ({"model": "minilm-l6"}, "is an encoder"),
-        ({"moves": ("attack", "flee")}, "is not one of attack, flee"),
-    ],
-)
-def test_bad_values_are_named(config, tmp_path, changes, words):
-    with pytest.raises(ValueError, match=words):
-        finetune(config(tmp_path / "out", **changes))
-
-
-def test_an_output_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
-    def refuse(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("pathlib.Path.touch", refuse)
-    with pytest.raises(ValueError, match=r"is not writable \(Permission denied\)"):
-        finetune(config(tmp_path / "out"))
-
-
-def test_a_finished_run_is_called_finished(config, tmp_path):
-    finetune(config(tmp_path, max_steps=3))
-    with pytest.raises(ValueError, match=r"holds a finished run \(checkpoint-3\): name another folder"):
-        finetune(config(tmp_path, max_steps=3))
-
-
 def test_a_training_that_runs_away_saves_nothing(config, tmp_path):
     with pytest.raises(ValueError, match=r"ran away to NaN or inf; .* Lower lr \(1e\+30\)"):
         finetune(config(tmp_path, lr=1e30, max_steps=4))
@@ -123,3 +71,26 @@ def test_speeches_longer_than_the_models_context_are_cut_with_a_warning(config, 
     with pytest.warns(UserWarning, match=rf"prompts were cut from the left to {room} tokens") as seen:
         finetune(config(tmp_path / "out", model=str(tmp_path / "opt"), max_steps=2, max_length=max_length))
     assert any(f"cut from the left to {room - 1}; the completion is kept" in str(w.message) for w in seen)
+
+
+def test_the_settings_arrive_where_they_work(config, tmp_path, monkeypatch):
+    from qtune_companion import recipes
+
+    seen = {}
+
+    def add_lora(model, rank, alpha, dropout):
+        seen.update(rank=rank, alpha=alpha, dropout=dropout)
+        return load_lora(model, rank, alpha, dropout=dropout)
+
+    def loss(*args, **kwargs):
+        seen.update(kwargs)
+        return real_loss(*args, **kwargs)
+
+    load_lora, real_loss = recipes.add_lora_, recipes.completion_loss
+    monkeypatch.setattr(recipes, "add_lora_", add_lora)
+    monkeypatch.setattr(recipes, "completion_loss", loss)
+    chosen = {"rank": 4, "alpha": 9.0, "dropout": 0.3, "prompt_weight": 0.7, "among": 0.2}
+    finetune(config(tmp_path, max_steps=10, warmup=0.5, weight_decay=0.02, **chosen))
+    assert {name: seen[name] for name in chosen} == chosen
+    arguments = recipes.training_arguments(config(tmp_path, warmup=0.5, weight_decay=0.02), tmp_path, 10)
+    assert (arguments.warmup_steps, arguments.weight_decay) == (5, 0.02)

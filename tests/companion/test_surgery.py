@@ -72,3 +72,16 @@ def test_what_stays_dense_lets_the_mapped_file_go(tiny_llm, tmp_path):
         assert parameter.untyped_storage().data_ptr() != home
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_that_is_a_linear_layer_is_refused():
+    with pytest.raises(ValueError, match="is a linear layer itself"):
+        quantize_(torch.nn.Linear(64, 4), "nf4")
+
+
+def test_biases_are_copied_too():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4))
+    bias = model[0].bias
+    quantize_(model, "nf4")
+    assert torch.equal(model[0].bias, bias)
+    assert model[0].bias.data_ptr() != bias.data_ptr()

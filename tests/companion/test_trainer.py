@@ -41,13 +41,26 @@ def test_resumed_amid_the_averaging_equals_uninterrupted(config, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_broken_checkpoint_is_passed_over(tmp_path):
-    from qtune_companion.trainer import _CHECKPOINT_FILES
-
-    for step in (3, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in _CHECKPOINT_FILES:
-            (tmp_path / f"checkpoint-{step}" / name).touch()
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"half')
-    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+def test_a_checkpoint_is_whole_or_passed_over(tmp_path):
+    files = (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+    )
+    for step in (2, 10, 30):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+        (folder / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 9}')
+    (tmp_path / "checkpoint-99-copy").mkdir()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-30"
+    for state in ("{}", '{"half', "[]"):
+        (tmp_path / "checkpoint-30" / "trainer_state.json").write_text(state)
+        assert newest_checkpoint(tmp_path).name == "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "rng_state_0.pth").unlink()
+    assert newest_checkpoint(tmp_path) is None

@@ -69,3 +69,24 @@ def test_our_adapter_loads_there(base, tmp_path, targets):
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert relative(ours(IDS).logits, theirs(IDS).logits) <= 1e-5
     assert relative(ours(IDS).logits, base(IDS).logits) > 1e-3, "the adapter does nothing"
+
+
+def test_rank_stabilized_adapters_survive_a_round_trip(base, tmp_path):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=True
+    )
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    load_adapter_(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours", task_type="CAUSAL_LM")
+    again, there = (
+        copy.deepcopy(base),
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval(),
+    )
+    load_adapter_(again, tmp_path / "ours")
+    for model in (ours, again, there):
+        assert relative(model(IDS).logits, theirs(IDS).logits) <= 1e-5

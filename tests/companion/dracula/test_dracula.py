@@ -55,6 +55,11 @@ GOOD = json.dumps({"speech": "a", "move": "spy"})
         (b"", "holds no records"),
         (b"\n \n", "holds no records"),
         (GOOD.encode() + b'\n{"speech": "a", "mov', "line 2: not a line of JSON"),
+        (b"[" * 100_000, "line 1: not a line of JSON"),
+        (
+            GOOD.encode() + b'\n{"speech": "\\ud800", "move": "spy"}',
+            "line 2: the speech holds half a character",
+        ),
         (b'\xff\xfe{"a": 1}', "line 1: not a line of JSON in UTF-8"),
         (b"[1, 2]", "line 1: needs an object"),
         (b'{"speech": "", "move": "spy"}', "line 1: needs a text field 'speech'"),

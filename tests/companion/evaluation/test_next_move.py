@@ -52,3 +52,34 @@ def test_bad_input_is_named():
         next_move_scores(model, tokenizer, ["a"], [" attack", " antidisestablishmentarianism"])
     with pytest.raises(ValueError, match="share a token"):
         next_move_scores(model, tokenizer, ["a"], [" attack", " attack"])
+
+
+RECORDS = [{"prompt": f"a count of {n}", "completion": LABELS[n % 2]} for n in range(4)]
+
+
+def test_a_tie_is_no_hit_and_nan_is_an_error(tiny):
+    model, tokenizer = load_model(str(tiny / "model")), load_tokenizer(str(tiny / "model"))
+    model.model.norm.weight.data.zero_()  # all logits are 0
+    assert next_move_accuracy(model, tokenizer, RECORDS, LABELS) == 0
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        next_move_accuracy(model, tokenizer, RECORDS, LABELS)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        next_move_scores(model, tokenizer, ["a"], LABELS, batch_size=-1)
+
+
+def test_a_tokenizer_without_padding_serves_and_stays_so(tiny):
+    model, tokenizer = load_model(str(tiny / "model")), load_tokenizer(str(tiny / "model"))
+    prompts = ["a", "a much longer prompt than the other"]
+    wanted = next_move_scores(model, tokenizer, prompts, LABELS)
+    tokenizer.pad_token = None
+    torch.testing.assert_close(next_move_scores(model, tokenizer, prompts, LABELS), wanted)
+    assert tokenizer.pad_token is None
+
+
+def test_a_long_prompt_keeps_its_end(tiny):
+    model, tokenizer = load_model(str(tiny / "model")), load_tokenizer(str(tiny / "model"))
+    prompt = "one two three four five six seven eight"
+    with pytest.warns(UserWarning, match="cut from the left to 4 tokens"):
+        cut = next_move_scores(model, tokenizer, [prompt], LABELS, max_length=4)
+    torch.testing.assert_close(cut, next_move_scores(model, tokenizer, [" five six seven eight"], LABELS))

@@ -48,3 +48,12 @@ def test_one_window_equals_the_models_own_loss(tiny_llm):
 def test_bad_input_is_named(n, window, stride):
     with pytest.raises(ValueError, match="got"):
         perplexity(Uniform(), torch.zeros(n, dtype=torch.long), window, stride)
+
+
+def test_a_hopeless_model_has_infinite_perplexity_and_a_broken_one_none(tiny_llm):
+    tokens = torch.arange(20)
+    tiny_llm.model.norm.weight.data.fill_(1e6)
+    assert perplexity(tiny_llm, tokens, window=8, stride=4) == torch.inf
+    tiny_llm.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        perplexity(tiny_llm, tokens, window=8, stride=4)

@@ -105,3 +105,20 @@ def test_kept_prompt_tokens_hang_on_the_batch_alone(word_tokenizer):
         CompletionCollator(word_tokenizer, prompt_every=-1)
     with pytest.raises(ValueError, match=r"labels must be \(batch, 2, k\), got \(2, 5\)"):
         completion_loss(None, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "", "completion": " spy"}, {"prompt": "he will", "completion": ""}]
+)
+@pytest.mark.parametrize("prompt_every", [0, 2])
+def test_empty_prompts_and_completions_are_refused(word_tokenizer, record, prompt_every):
+    collate = CompletionCollator(word_tokenizer, prompt_every=prompt_every)
+    with pytest.raises(ValueError, match="need at least one token each"):
+        collate([*RECORDS, record])
+
+
+def test_cloze_finds_the_mask_however_the_tokenizer_pads():
+    tokenizer = load_tokenizer("minilm-l6")
+    tokenizer.padding_side = "left"
+    batch = ClozeCollator(tokenizer)(RECORDS)
+    assert torch.equal(batch["labels"] != -100, batch["input_ids"] == tokenizer.mask_token_id)

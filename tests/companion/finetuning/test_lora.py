@@ -181,3 +181,60 @@ def test_bad_input_is_named(tiny_llm, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         save_adapter(tiny_llm, tmp_path / "file")
+
+
+def test_a_merged_model_that_was_cast_still_runs_and_keeps_its_biases():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+    quantize_(model, "nf4")
+    trained(model)
+    x = torch.randn(3, 64)
+    before = model(x)
+    model.bfloat16()
+    merge_lora_(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model(x.bfloat16()).float(), before, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("modules_to_save", ["lm_head"]),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("alora_invocation_tokens", [9]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused(tiny_llm, tmp_path, key, value):
+    import copy
+
+    fresh = copy.deepcopy(tiny_llm)
+    trained(tiny_llm)
+    save_adapter(tiny_llm, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match="plain LoRA"):
+        load_adapter_(fresh, tmp_path)
+    assert not any(isinstance(m, LoRALinear) for m in fresh.modules())
+
+
+def test_foreign_tensors_and_partial_adapters_are_refused(tiny_llm, tmp_path):
+    import copy
+
+    whole, part = copy.deepcopy(tiny_llm), copy.deepcopy(tiny_llm)
+    trained(whole)
+    trained(part, targets=["q_proj"])
+    save_adapter(part, tmp_path)
+    with pytest.raises(ValueError, match="has 2 of the 14 layers that carry LoRA here"):
+        load_adapter_(whole, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.q_proj.lora_magnitude_vector": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="holds base_model.model.q_proj.lora_magnitude_vector"):
+        load_adapter_(tiny_llm, tmp_path)
