@@ -200,7 +200,7 @@ def update_prose(source: Path, book: Path = BOOK) -> bool:
         return False
     old, nb = nbformat.read(target, as_version=4), read_source(source)
     was, now = ([c for c in n.cells if c.cell_type == "code"] for n in (old, nb))
-    if "qtune" not in old.metadata or any(c.source and c.execution_count is None for c in was):
+    if "qtune" not in old.metadata or any(c.source.strip() and c.execution_count is None for c in was):
         return False  # written by another tool, or cleared
     before, after = ([split_words(c.source) for c in cells] for cells in (was, now))
     codes = [

@@ -66,9 +66,8 @@ class HadamardTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = x.unflatten(-1, [len(factor) for factor in self.factors])
-        for (
-            factor
-        ) in self.factors:  # takes the first of these axes, puts its result last; float16 must not overflow
+        # Each factor takes the first of these axes and puts its result last; scaled one by one, lest float16 overflow.
+        for factor in self.factors:
             y = torch.tensordot(y, factor.to(y) / len(factor) ** 0.5, dims=([x.ndim - 1], [0]))
         return y.reshape(x.shape)
 

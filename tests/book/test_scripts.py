@@ -1,5 +1,6 @@
 """scripts/notebooks.py executes what changed, stores it clean, and loses nothing when a cell fails."""
 
+import copy
 import json
 
 import jupyterquiz
@@ -102,6 +103,21 @@ def test_changed_prose_keeps_the_outputs_and_changed_code_does_not(tmp_path):
         chapter(tmp_path, "07_small.md", changed)
         assert not notebooks.update_prose(source, tmp_path)
     assert not notebooks.update_prose(chapter(tmp_path, "08_new.md", "1"), tmp_path)
+
+
+def test_a_notebook_that_was_cleared_or_made_elsewhere_is_not_kept(tmp_path):
+    source, target = chapter(tmp_path, "07_small.md", "print(42)"), tmp_path / "07_small.ipynb"
+    notebooks.execute_chapter(source, book=tmp_path)
+    source.write_text(source.read_text("utf-8").replace("# A chapter", "# Another"), "utf-8")
+    executed = nbformat.read(target, as_version=4)
+    cleared, foreign = copy.deepcopy(executed), copy.deepcopy(executed)
+    cleared.cells[-1].update(outputs=[], execution_count=None)
+    foreign.metadata = {}
+    for notebook in (cleared, foreign):
+        nbformat.write(notebook, target)
+        assert not notebooks.update_prose(source, tmp_path)
+    nbformat.write(executed, target)
+    assert notebooks.update_prose(source, tmp_path)
 
 
 SLIDER = """import matplotlib.pyplot as plt
