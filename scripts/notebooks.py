@@ -1,4 +1,4 @@
-"""Turn each chapter's source (`NN_slug.md`, MyST) into an executed notebook (`NN_slug.ipynb`).
+"""Turn each chapter's source (`NN_slug.md` or `NNb_slug.md`, MyST) into an executed notebook (`NN_slug.ipynb`).
 
 python scripts/notebooks.py [--only 07 13] [--force] [--check]
 
@@ -6,7 +6,7 @@ A chapter is executed again only when its source has changed since, and more of 
 to the scoreboard, book/appendix/90_scoreboard.json; the page that shows it comes after them. The preface comes
 last and again after any other, because it shows a table of the run times that the others store in their metadata:
 
-    nb.metadata.qtune = {"source_sha256": ..., "seconds": ..., "peak_mb": ...}
+    nb.metadata.qtune = {"source_sha256": ..., "seconds": ..., "peak_mb": ..., "rows": [...]}
 
 The same figures can be shown in a chapter's text with {glue:text}`measured-time` and
 {glue:text}`measured-memory`. No chapter asks the network, unless HF_HUB_OFFLINE=0
@@ -55,9 +55,14 @@ class ChapterError(Exception):
 def chapters(book: Path = BOOK) -> list[Path]:
     """Return the sources of all chapters in the book's order, with the preface last."""
     sources = [
-        p for p in book.rglob("[0-9][0-9]_*.md") if not {"_build", ".ipynb_checkpoints"} & set(p.parts)
+        p for p in book.rglob("[0-9][0-9]*_*.md") if not {"_build", ".ipynb_checkpoints"} & set(p.parts)
     ]
     return sorted(sources, key=lambda p: (p.name.startswith("00_"), p.name))
+
+
+def number(source: Path) -> str:
+    """Return what a chapter is called by: `7` for `07_gptq.md`, `8b` for `08b_autoround.md`."""
+    return source.name.split("_")[0].removeprefix("0") or "0"
 
 
 def notebook_path(source: Path) -> Path:
@@ -138,14 +143,22 @@ def write_atomically(nb: NotebookNode, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def own_rows(source: Path, board: Path) -> list[dict]:
+    """Return the scoreboard's rows of the page's chapter, but those that another page of the chapter says it added."""
+    sisters = [p for p in source.parent.glob(f"{source.name[:2]}*_*.md") if p != source]
+    theirs = {method for page in sisters for method in stored_metadata(page).get("rows", [])}
+    rows = json.loads(board.read_text(encoding="utf-8")) if board.is_file() else []
+    return [r for r in rows if f"{r['chapter']:02d}" == source.name[:2] and r["method"] not in theirs]
+
+
 @contextlib.contextmanager
 def own_rows_anew(source: Path, board: Path) -> Iterator[Path]:
-    """Lend a copy of the scoreboard without the chapter's own rows; it takes the board's place if the run succeeds."""
+    """Lend a copy of the scoreboard without the page's own rows; it takes the board's place if the run succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / board.name
         if board.is_file():
-            rows = json.loads(board.read_text(encoding="utf-8"))
-            others = [row for row in rows if f"{row['chapter']:02d}" != source.name[:2]]
+            rows, own = json.loads(board.read_text(encoding="utf-8")), own_rows(source, board)
+            others = [row for row in rows if row not in own]
             copy.write_text(json.dumps(others, indent=1) + "\n", encoding="utf-8")
         yield copy
         if copy.is_file():
@@ -157,11 +170,12 @@ def own_rows_anew(source: Path, board: Path) -> Iterator[Path]:
 def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> NotebookNode:
     """Execute one chapter and store its notebook; on failure raise `ChapterError` and leave the old one."""
     made_from, nb = fingerprint(source, book), read_source(source)  # what is edited meanwhile does not count
+    scoreboard = book / "appendix" / "90_scoreboard.json"
     with tqdm(total=len(nb.cells), desc=source.stem, unit="cell", disable=None) as bar:
         runner = Runner(nb, source.parent, timeout, bar)
         try:
-            with own_rows_anew(source, book / "appendix" / "90_scoreboard.json") as board:
-                seconds, peak_mb = runner.measure(board)
+            with own_rows_anew(source, scoreboard) as lent:
+                seconds, peak_mb = runner.measure(lent)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             raise ChapterError(explain(source, runner, error)) from None
         bar.n = len(nb.cells)
@@ -173,6 +187,7 @@ def execute_chapter(source: Path, timeout: int = 900, book: Path = BOOK) -> Note
         "source_sha256": made_from,
         "seconds": round(seconds, 1),
         "peak_mb": round(peak_mb),
+        "rows": [row["method"] for row in own_rows(source, scoreboard)],
     }
     write_atomically(nb, notebook_path(source))
     print(
@@ -228,18 +243,17 @@ def selected(only: list[str] | None) -> list[Path]:
     found = chapters()
     if not only:
         return found
-    numbers = {f"{int(n):02d}" for n in only}
-    missing = numbers - {p.name[:2] for p in found}
-    if missing:
-        there = ", ".join(sorted(p.name[:2] for p in found))
+    wanted = {n.lstrip("0") or "0" for n in only}
+    if missing := wanted - {number(p) for p in found}:
+        there = ", ".join(number(p) for p in found)
         raise ChapterError(f"no chapter {', '.join(sorted(missing))}; there are {there}")
-    return [p for p in found if p.name[:2] in numbers]
+    return [p for p in found if number(p) in wanted]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Execute the book's chapters into notebooks.")
-    parser.add_argument("--only", nargs="+", metavar="N", help="these chapters, by number")
+    parser.add_argument("--only", nargs="+", metavar="N", help="these chapters, by number: 7 13 8b")
     parser.add_argument("--force", action="store_true", help="execute even when the source has not changed")
     parser.add_argument(
         "--check", action="store_true", help="execute nothing; exit 1 when a notebook is out of date"

@@ -241,6 +241,28 @@ add_row(7, "toy", bits=4.5, perplexity=20.0, kl=0.1, kl_interval=(0.1, 0.1), byt
     assert json.loads(board.with_suffix(".json").read_text(encoding="utf-8")) == rows  # nothing lost
 
 
+def test_two_pages_of_a_chapter_leave_each_others_rows_alone(tmp_path):
+    (tmp_path / "appendix").mkdir()
+    board = tmp_path / "appendix" / "90_scoreboard.json"
+
+    def run(name, method):
+        code = f"""from qtune_companion.evaluation.scoreboard import add_row
+add_row(7, "{method}", bits=4.5, perplexity=20.0, kl=0.1, kl_interval=(0.1, 0.1), bytes=1, seconds=1.0)"""
+        notebooks.execute_chapter(chapter(tmp_path, name, code), book=tmp_path)
+        return sorted(row["method"] for row in json.loads(board.read_text(encoding="utf-8")))
+
+    assert run("07_small.md", "horse") == ["horse"]
+    assert run("07b_smaller.md", "cart") == ["cart", "horse"]
+    assert run("07_small.md", "mule") == ["cart", "mule"]
+    assert run("07b_smaller.md", "sled") == ["mule", "sled"]
+    assert notebooks.stored_metadata(tmp_path / "07b_smaller.md")["rows"] == ["sled"]
+
+
+def test_chapters_are_named_by_their_numbers():
+    assert [notebooks.number(p) for p in notebooks.selected(["8b", "07"])] == ["7", "8b"]
+    assert [notebooks.number(p) for p in notebooks.selected(["8"])] == ["8"]
+
+
 def test_source_that_is_no_notebook_is_refused(tmp_path):
     source = tmp_path / "07_small.md"
     source.write_text(HEADER.replace("  display_name: Python 3\n", ""), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Chapter 8's SignRound against auto-round's rounding and optimizer, whose results make_awq_hqq_fixture.py keeps."""
+"""Chapter 8b's SignRound against auto-round's rounding and optimizer, whose results make_awq_hqq_fixture.py keeps."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 from qtune_companion.quantization.affine import AffineGrid
 
-CHAPTER = Path(__file__).parents[2] / "book/2_quantizing/08_awq_hqq.md"
+CHAPTER = Path(__file__).parents[2] / "book/2_quantizing/08b_autoround.md"
 PARTS = ("class PassThrough", "class Rounded", "class SignRound")
 KEPT = load_file(Path(__file__).with_name("fixtures") / "awq_hqq.safetensors")
 
