@@ -121,6 +121,7 @@ def test_the_scoreboard_keeps_its_promises_and_its_page_shows_it():
     kl = {row.method.removesuffix(", blocks of 64"): row.kl for row in rows}
     rounding = kl["RTN, 4 bits"]
     assert max(kl["GPTQ, 4 bits"], kl["AWQ, 4 bits"], kl["HQQ, 4 bits"]) < 0.8 * rounding
+    assert all(kl[f"GPTQ, {bits} bits"] < 0.7 * kl[f"RTN, {bits} bits"] for bits in (4, 3, 2))
     assert abs(kl["GPTQ, 4 bits"] / kl["AWQ, 4 bits"] - 1) < 0.1  # what chapters 8 and 8b say of the board
     assert max(kl["GPTQ, 4 bits"], kl["AWQ, 4 bits"]) < kl["AutoRound, 4 bits"] < rounding
     assert kl["GPTQ, 3 bits"] < 0.8 * min(kl["AWQ, 3 bits"], kl["AutoRound, 3 bits"])
